@@ -1,0 +1,77 @@
+"""The block layout: who is in which block, and who sees whom. No other file knows this rule.
+
+Blocks are counted from absolute position 0 of prompt plus response, so a prompt's tail shares the first generated
+block. A training row holds, for each document, its clean tokens and any number of noisy copies of the blocks that
+hold response tokens; a decoder's row is the case without noisy copies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLEAN = 0  # the copy number of clean tokens; noisy copies count from 1
+PADDING = -1  # the document number of padding
+
+
+def block_ids(positions, block_size: int):
+    """Block of each absolute position (tensor, array or int), counted from position 0."""
+    return positions // block_size
+
+
+def sees(q_document, q_copy, q_block, k_document, k_copy, k_block):
+    """Whether a query token attends to a key token: the clean tokens of all earlier blocks, and its own block's copy.
+
+    Broadcasts; the same expression serves boolean masks and FlexAttention's `mask_mod`.
+    """
+    earlier = (k_copy == CLEAN) & (k_block < q_block)
+    own = (k_copy == q_copy) & (k_block == q_block)
+    return (q_document == k_document) & (earlier | own)
+
+
+def block_causal_mask(length: int, block_size: int, device=None) -> Tensor:
+    """The decoder's mask: boolean `(length, length)`, True where the row's token sees the column's."""
+    block = block_ids(torch.arange(length, device=device), block_size)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    return sees(zero, zero, block[:, None], zero, zero, block[None, :])
+
+
+@dataclass
+class Layout:
+    """Where each token of a batch of rows belongs. All fields are `(rows, length)` int64.
+
+    document: which document of the batch, `PADDING` for padding (padding sees only padding, so no row is empty).
+    copy: `CLEAN`, or the number of the noisy copy.
+    position: absolute position in its document; a noisy token has its original's.
+    """
+
+    document: Tensor
+    copy: Tensor
+    position: Tensor
+    block_size: int
+
+    @property
+    def block(self) -> Tensor:
+        return block_ids(self.position, self.block_size)
+
+    def boolean_mask(self) -> Tensor:
+        """`(rows, 1, length, length)`, True = sees, as scaled_dot_product_attention takes it."""
+        d, c, b = self.document, self.copy, self.block
+        mask = sees(d[:, :, None], c[:, :, None], b[:, :, None], d[:, None, :], c[:, None, :], b[:, None, :])
+        return mask[:, None]
+
+    def flex_mask(self):
+        """The same rule as a FlexAttention `BlockMask` (never materialised as a dense mask)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        d, c, b = self.document, self.copy, self.block
+
+        def mask_mod(row, head, q, k):
+            return sees(d[row, q], c[row, q], b[row, q], d[row, k], c[row, k], b[row, k])
+
+        rows, length = d.shape
+        return create_block_mask(mask_mod, rows, None, length, length, device=d.device)
+
+    def attention_mask(self, implementation: str):
+        """The form a transformers model with this attention implementation takes."""
+        return self.flex_mask() if implementation == "flex_attention" else self.boolean_mask()

@@ -1,0 +1,3 @@
+from t3d.decoding.config import DecodingConfig
+
+__all__ = ["DecodingConfig"]

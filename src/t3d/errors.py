@@ -1,0 +1,14 @@
+"""What a user can do something about is a `T3DError`; the command line prints its one line and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class T3DError(Exception):
+    """A problem with the input, not with the program: the message says what is wrong and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

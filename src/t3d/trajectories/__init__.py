@@ -1,0 +1,3 @@
+from t3d.trajectories.record import NFE, Trajectory
+
+__all__ = ["NFE", "Trajectory"]

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def make_model(
+    block_size=4, vocab_size=64, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, seed=0, tie=False, **settings
+):
+    """A small SDAR with random weights, sharp enough that its decisions are far from ties. Mask token: the last id."""
+    from t3d.models import SDARConfig, SDARForCausalLM
+
+    settings = {"max_position_embeddings": 512, "intermediate_size": 2 * hidden, "eos_token_id": 1} | settings
+    config = SDARConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tie,
+        block_size=block_size,
+        mask_token_id=vocab_size - 1,
+        pad_token_id=0,
+        bos_token_id=None,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SDARForCausalLM(config)
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                torch.nn.init.normal_(weight, std=2.0 / weight.shape[1] ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the real data files in ../shared/data, which are not here")
+    return folder
