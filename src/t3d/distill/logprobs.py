@@ -1,0 +1,48 @@
+"""Log-probabilities at selected positions without ever holding all logits: LM head and log-softmax in chunks."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024  # positions at a time; at a vocabulary of 151,936 one chunk of fp32 logits is 0.6 GB
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int, chunk: int = CHUNK) -> Tensor:
+    """log p(token) at each position, float32 `(m, k)` for `tokens (m, k)`, `hidden (m, width)`, `weight (vocab, width)`.
+
+    The mask token is not part of the distribution, as in the decoder. The backward pass recomputes the logits of each
+    chunk, so memory does not grow with m * vocab.
+    """
+    parts = [
+        checkpoint(_token_logprobs, h, weight, t, mask_id, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(tokens.shape, dtype=torch.float32)
+
+
+@torch.no_grad()
+def choose_tokens(
+    hidden: Tensor, weight: Tensor, mask_id: int, temperature: float = 0.0, chunk: int = CHUNK
+) -> Tensor:
+    """The model's own choice at each position, int64 `(m,)`: argmax, or one sample at `temperature`."""
+    choices = []
+    for h in hidden.split(chunk):
+        logits = _logits(h, weight, mask_id)
+        if temperature > 0:
+            choices.append(torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(-1))
+        else:
+            choices.append(logits.argmax(-1))
+    return torch.cat(choices) if choices else hidden.new_zeros(0, dtype=torch.long)
+
+
+def _token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    logits = _logits(hidden, weight, mask_id)
+    return logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+
+
+def _logits(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight).float()  # (m, vocab)
+    forbidden = torch.zeros(logits.shape[-1], device=logits.device).index_fill_(
+        0, torch.tensor(mask_id, device=logits.device), float("-inf")
+    )
+    return logits + forbidden

@@ -1,0 +1,79 @@
+"""States of a trajectory: what the decoder saw of a block before one of its steps. Pure functions of arrays.
+
+A state shows the tokens of each block that were committed first and masks the rest. All arrays run over the `n`
+response tokens of one sequence, in order; `block` is each token's block id.
+"""
+
+import numpy as np
+
+RATIOS = np.array([1.0, 0.75, 0.5, 0.25])
+ORDERS = ("trajectory", "reversed", "random")
+
+
+def commit_rank(block: np.ndarray, step: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """Each token's place (0-based) in the order in which its block's tokens were committed, `(n,)`.
+
+    Tokens of one step are ordered by confidence, highest first, then by position.
+    """
+    order = np.lexsort((np.arange(len(block)), -confidence, step, block))
+    rank = np.empty(len(block), dtype=np.int64)
+    rank[order] = _index_in_block(block[order])
+    return rank
+
+
+def trajectory_mask(
+    block: np.ndarray,
+    rank: np.ndarray,
+    rng: np.random.Generator,
+    exponent: float = 8.0,
+    per_block: bool = False,
+    order: str = "trajectory",
+) -> np.ndarray:
+    """Which tokens a T3D state masks, boolean `(n,)`: in each block of n tokens the `ceil(r * n)` committed last.
+
+    r is drawn from {1, .75, .5, .25} with probability proportional to `r ** exponent`, once per sequence or per block
+    (arXiv 2602.12262, section 4). order "reversed" masks the first committed instead (as the authors' release does),
+    "random" any.
+    """
+    starts, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
+    weight = RATIOS**exponent
+    draws = rng.choice(RATIOS, size=len(starts) if per_block else 1, p=weight / weight.sum())
+    masked = np.broadcast_to(np.ceil(draws * count), len(starts)).astype(np.int64)[inverse]
+    if order == "reversed":
+        return rank < masked
+    if order == "random":
+        rank = random_rank(block, rng)
+    return rank >= count[inverse] - masked
+
+
+def uniform_mask(block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Mask 1..n tokens of every block, the number uniform and the places random: `(mask, weight)`, both `(n,)`.
+
+    The weight, 1 over the number of masks in the block, makes cross-entropy the block-diffusion bound (arXiv 2503.09573).
+    """
+    starts, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
+    masked = rng.integers(1, count + 1)[inverse]
+    return random_rank(block, rng) < masked, 1.0 / masked
+
+
+def random_rank(block: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order of the tokens inside each block, `(n,)`."""
+    return commit_rank(block, np.zeros(len(block)), rng.random(len(block)))
+
+
+def replace_with_random(
+    ids: np.ndarray, masked: np.ndarray, ratio: float, vocabulary: int, mask_id: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Mask `ids` where `masked`, but put a uniformly random other token in a share `ratio` of those places."""
+    noisy = np.where(masked, mask_id, ids)
+    if ratio > 0:
+        swap = masked & (rng.random(len(ids)) < ratio)
+        other = rng.integers(0, vocabulary - 1, size=len(ids))
+        noisy = np.where(swap, other + (other >= mask_id), noisy)
+    return noisy
+
+
+def _index_in_block(block: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... within each run of equal block ids (sorted input)."""
+    starts = np.flatnonzero(np.r_[True, block[1:] != block[:-1]])
+    return np.arange(len(block)) - np.repeat(starts, np.diff(np.r_[starts, len(block)]))
