@@ -1,3 +1,13 @@
-from t3d.trajectories.record import NFE, Trajectory
+from t3d.trajectories.dataset import TrajectoryDataset, read_metadata, read_trajectories
+from t3d.trajectories.record import NFE, Trajectory, validate
+from t3d.trajectories.store import TrajectoryWriter
 
-__all__ = ["NFE", "Trajectory"]
+__all__ = [
+    "NFE",
+    "Trajectory",
+    "TrajectoryDataset",
+    "TrajectoryWriter",
+    "read_metadata",
+    "read_trajectories",
+    "validate",
+]

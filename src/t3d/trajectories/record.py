@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from t3d.errors import T3DError
+
+FINISH_REASONS = ("stop", "length")
+
 
 @dataclass(frozen=True)
 class NFE:
-    """Forward passes one sequence took part in. A forward that denoises counts as `denoise`, whatever else it carries."""
+    """Forward passes one sequence took part in; what denoises counts as `denoise`, whatever else."""
 
     prefill: int = 0  # forwards that only read prompt tokens
     denoise: int = 0  # forwards that predicted tokens of a block
@@ -20,9 +24,9 @@ class NFE:
 class Trajectory:
     """One decoded response with the order in which its tokens were committed.
 
-    `response_ids`, `step_map` and `confidence` cover every generated position through the end of the last block
-    (`len(prompt_ids) + len(response_ids)` is a multiple of `block_size`), so that any state can be rebuilt; `length`
-    says how many of them are the answer: through the first stop token, or `max_tokens`.
+    `response_ids`, `step_map` and `confidence` cover every generated position through the end of the last
+    block (`len(prompt_ids) + len(response_ids)` is a multiple of `block_size`), so that any state can be
+    rebuilt; `length` says how many of them are the answer: through the first stop token, or `max_tokens`.
     """
 
     prompt_ids: list[int]
@@ -41,3 +45,44 @@ class Trajectory:
     answer: str | None = None  # the reference answer, if the task has one
     correct: bool | None = None  # the verifier's verdict; None where there is nothing to verify
     extra: dict = field(default_factory=dict)  # small JSON-able values a caller wants kept
+
+
+def validate(trajectory: Trajectory) -> Trajectory:
+    """The same trajectory, if it keeps the invariants that rebuilding states relies on.
+
+    Raises:
+        T3DError: naming the trajectory and the first invariant it breaks.
+    """
+    t = trajectory
+    where = f"trajectory {t.prompt_id!r} (sample {t.sample})"
+
+    def check(ok: bool, message: str):
+        if not ok:
+            raise T3DError(f"{where}: {message}")
+
+    n = len(t.response_ids)
+    check(
+        len(t.step_map) == n == len(t.confidence),
+        f"response_ids, step_map and confidence differ in length ({n}, {len(t.step_map)}, {len(t.confidence)})",
+    )
+    check(t.block_size >= 1, f"block_size must be at least 1, got {t.block_size}")
+    check(
+        (len(t.prompt_ids) + n) % t.block_size == 0,
+        f"prompt and response have {len(t.prompt_ids)} + {n} tokens, not a multiple of block_size "
+        f"{t.block_size}; keep the whole last block",
+    )
+    check(1 <= t.length <= n, f"length must lie in 1..{n}, got {t.length}")
+    check(
+        t.finish_reason in FINISH_REASONS,
+        f"finish_reason must be 'stop' or 'length', got {t.finish_reason!r}",
+    )
+    check(min(t.prompt_ids, default=0) >= 0 and min(t.response_ids) >= 0, "token ids must not be negative")
+    low, high = min(t.step_map), max(t.step_map)
+    check(
+        low >= 0 and high < t.block_size,
+        f"steps count from 0 inside each block of {t.block_size}, got {low}..{high}",
+    )
+    # NaN stands for "not recorded" and passes: no comparison with it is true.
+    check(not any(c < 0 or c > 1 for c in t.confidence), "confidences must lie in 0..1")
+    check(min(t.nfe.prefill, t.nfe.denoise, t.nfe.commit) >= 0, "forwards must not be negative")
+    return t
