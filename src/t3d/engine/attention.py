@@ -1,0 +1,146 @@
+"""Attention of a batch of spans over the paged cache, with PyTorch's SDPA, reading the cache where it lies.
+
+Spans of one or two blocks go through one batched call per layer, a page being a batch row; where sequences have several
+pages, each page gives a partial softmax and the parts are merged. Longer spans (prefill) go one by one. No mask depends
+on block-causality beyond "this query sees the first `limit` positions", because the keys of a span are written to the
+cache before anything reads it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t3d.engine.kv_cache import KVCache
+from t3d.engine.request import Span
+
+
+class SpanAttention:
+    """Made once per forward from its spans, called once per layer.
+
+    `order` is how the spans must be packed: those of the batched call first, in the order of their rows.
+    """
+
+    def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
+        self.cache, self.groups = cache, groups
+        self.paged = any(len(s.sequence.pages) > 1 for s in spans)
+        short = [s for s in spans if s.length <= 2 * s.sequence.request.config.block_size]
+        self.long = [s for s in spans if s.length > 2 * s.sequence.request.config.block_size]
+        short.sort(key=lambda s: s.sequence.pages[0])
+        self.order = short + self.long
+        self.limits = [_limits(s) for s in self.order]
+        self.short_tokens = sum(s.length for s in short)
+        if short:
+            self._plan_rows(short, dtype)
+        self._plan_long(dtype)
+
+    def _plan_rows(self, short: list[Span], dtype: torch.dtype) -> None:
+        """Rows of the batched call: one per sequence, or one per page in use where each sequence has one page."""
+        pages = self.cache.used_pages
+        size = self.cache.page_size
+        width = max(s.length for s in short)
+        owner = np.zeros(pages, dtype=np.int64)  # page -> row
+        first = np.zeros(pages, dtype=np.int64)  # page -> position of its first key
+        rows = len(short) if self.paged else pages
+        row_of = range(rows) if self.paged else [s.sequence.pages[0] for s in short]
+        grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
+        limit = np.full((rows, width), np.iinfo(np.int64).max // 2)  # unused places see everything: finite, and dropped
+        table = np.zeros((rows, max(len(s.sequence.pages) for s in short)), dtype=np.int64)
+        absent = np.ones(table.shape, dtype=bool)
+        places, token, longest = [], 0, 1
+        if not self.paged:
+            owner[:] = np.arange(pages)
+        for row, span in zip(row_of, short, strict=True):
+            n = span.length
+            grid[row, :n] = np.arange(token, token + n)
+            limit[row, :n] = self.limits[len(places)]
+            places.append(np.arange(row * width, row * width + n))
+            token += n
+            held = span.sequence.pages[: -(-span.end // size)]
+            owner[held] = row
+            first[held] = np.arange(len(held)) * size
+            table[row, : len(held)] = held
+            absent[row, : len(held)] = False
+            longest = max(longest, min(span.end, size))
+        self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
+        regular = token == rows * width  # every row full: packing is a reshape
+        self.grid = None if regular else torch.from_numpy(grid.ravel())
+        self.places = None if regular else torch.from_numpy(np.concatenate(places))
+        visible = limit[owner] - first[:, None]  # (pages, width): keys of the page that the query sees
+        self.mask = None
+        if (visible < longest).any():
+            hidden = np.arange(longest) >= visible[:, :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype)
+            # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
+            mask.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2)
+            self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (pages, 1, width * groups, longest)
+        if self.paged:
+            self.owner = torch.from_numpy(owner)
+            self.table = torch.from_numpy(table)
+            self.absent = torch.from_numpy(absent)[:, :, None, None]
+
+    def _plan_long(self, dtype: torch.dtype) -> None:
+        self.long_plans = []
+        for span, limit in zip(self.long, self.limits[len(self.order) - len(self.long) :], strict=True):
+            hidden = np.arange(span.end) >= limit[:, None]  # (length, end)
+            mask = torch.zeros(hidden.shape, dtype=dtype)
+            mask.masked_fill_(torch.from_numpy(hidden), -torch.inf)
+            slots = torch.from_numpy(self.cache.slots(span.sequence, 0, span.end)) if self.paged else None
+            first = span.sequence.pages[0] * self.cache.page_size
+            self.long_plans.append((span, mask.repeat_interleave(self.groups, dim=0), slots, first))
+
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        """q: (tokens, heads, head_dim), packed in `order`; returns the same shape. The keys are in the cache."""
+        tokens, heads, dim = q.shape
+        kv_heads = heads // self.groups
+        if self.short_tokens == tokens:
+            return self._rows(layer, q, kv_heads, dim).view(tokens, heads, dim)
+        out = torch.empty_like(q)
+        if self.short_tokens:
+            out[: self.short_tokens] = self._rows(layer, q, kv_heads, dim).view(-1, heads, dim)
+        token = self.short_tokens
+        for span, mask, slots, first in self.long_plans:
+            n = span.length
+            kv = self.cache.data[layer]
+            kv = kv[first : first + span.end] if slots is None else kv[slots]  # (end, 2, kv_heads, dim)
+            kv = kv.permute(1, 2, 0, 3)[:, None]
+            mine = (
+                q[token : token + n].view(n, kv_heads, self.groups, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
+            )
+            mine = F.scaled_dot_product_attention(mine, kv[0], kv[1], attn_mask=mask)
+            out[token : token + n] = mine.view(kv_heads, n, self.groups, dim).transpose(0, 1).reshape(n, heads, dim)
+            token += n
+        return out
+
+    def _rows(self, layer: int, q: Tensor, kv_heads: int, dim: int) -> Tensor:
+        """The batched call. Query heads that share a key head are folded into the query length."""
+        q = q[: self.short_tokens] if self.grid is None else q.index_select(0, self.grid)
+        q = q.view(self.rows, self.width, kv_heads, self.groups, dim).transpose(1, 2)
+        q = q.reshape(self.rows, kv_heads, self.width * self.groups, dim)
+        k, v = self.cache.pages_view(layer, self.pages, self.longest)
+        if self.paged:
+            out = self._merged(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        out = out.view(self.rows, kv_heads, self.width, self.groups, dim).transpose(1, 2)
+        out = out.reshape(self.rows * self.width, kv_heads * self.groups * dim)
+        return out if self.places is None else out.index_select(0, self.places)
+
+    def _merged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax over all pages of a row from the partial softmax of each page."""
+        scores = torch.matmul(q.index_select(0, self.owner) * q.shape[-1] ** -0.5, k.transpose(2, 3))
+        if self.mask is not None:
+            scores += self.mask
+        peak = scores.amax(-1)  # (pages, kv_heads, queries)
+        weights = (scores - peak[..., None]).exp_()
+        total, out = weights.sum(-1), torch.matmul(weights, v)
+        peak = peak[self.table].masked_fill(self.absent, -torch.inf)  # (rows, most pages, kv_heads, queries)
+        scale = (peak - peak.amax(1, keepdim=True)).exp_()
+        out = (out[self.table] * scale[..., None]).sum(1)
+        return out / (total[self.table] * scale).sum(1)[..., None]
+
+
+def _limits(span: Span) -> np.ndarray:
+    """How many positions each token of the span sees: all up to the end of its block. int64 (length,)"""
+    block = span.sequence.request.config.block_size
+    return (np.arange(span.start, span.end) // block + 1) * block

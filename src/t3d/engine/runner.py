@@ -1,0 +1,136 @@
+"""One forward of a batch of spans through a transformers Qwen3 model's own weights.
+
+The lean forward saves what the modules spend on generality: no padding, no mask per layer, no cache that is copied to
+grow, and the head only where logits are needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t3d.engine.attention import SpanAttention
+from t3d.engine.kv_cache import KVCache
+from t3d.engine.request import Span
+
+
+@dataclass
+class _Layer:
+    """What one decoder layer needs, as functions of `(tokens, width)` tensors."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    qkv: Callable[[Tensor], Tensor]  # -> (tokens, (heads + 2 * kv_heads) * head_dim)
+    qk_norm: Tensor  # (heads + kv_heads, head_dim)
+    out: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+
+
+def _joined(*modules: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Linear layers of one input as a single product; anything that is not plainly linear (an adapter) is called."""
+    if not all(type(m) is nn.Linear for m in modules):
+        return lambda x: torch.cat([m(x) for m in modules], dim=-1)
+    weight = torch.cat([m.weight for m in modules])
+    bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):  # mixture of experts
+        return lambda x: module(x[None])[0]
+    gate_up, activation, down = _joined(module.gate_proj, module.up_proj), module.act_fn, module.down_proj
+
+    def forward(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(activation(gate) * up)
+
+    return forward
+
+
+class Runner:
+    """Reads the model's weights at `refresh()`, so that a student trained in place is decoded as it is now."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.groups = self.heads // self.kv_heads
+        self.eps = config.rms_norm_eps
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        body = self.model.model
+        weight = body.embed_tokens.weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self.layers = []
+        for layer in body.layers:
+            a = layer.self_attn
+            q_norm, k_norm = a.q_norm.weight, a.k_norm.weight
+            self.layers.append(
+                _Layer(
+                    input_norm=layer.input_layernorm.weight,
+                    post_norm=layer.post_attention_layernorm.weight,
+                    qkv=_joined(a.q_proj, a.k_proj, a.v_proj),
+                    qk_norm=torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)]),
+                    out=a.o_proj,
+                    mlp=_mlp(layer.mlp),
+                )
+            )
+        self._rope = None
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (tokens, 1, head_dim), from a table; the first half of sin is negated, see `_rotate`."""
+        if self._rope is None:
+            every = torch.arange(self.model.config.max_position_embeddings, device=self.device)[None]
+            cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), every)
+            sin = sin[0].clone()
+            sin[:, : self.head_dim // 2] *= -1
+            self._rope = cos[0][:, None], sin[:, None]
+        cos, sin = self._rope
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def forward(self, cache: KVCache, spans: list[Span], wanted: Callable[[Span], np.ndarray]) -> Tensor:
+        """Write the spans' keys and values to the cache; logits, float32 (n, vocab), at `wanted(span)` positions.
+
+        `wanted` gives positions of the span, relative to the sequence; the logits come in the order of `spans`.
+        """
+        attention = SpanAttention(cache, spans, self.groups, self.dtype)
+        order = attention.order
+        ids = torch.from_numpy(np.concatenate([s.sequence.tokens[s.start : s.end] for s in order]))
+        positions = torch.from_numpy(np.concatenate([np.arange(s.start, s.end) for s in order]))
+        slots = torch.from_numpy(np.concatenate([cache.slots(s.sequence, s.start, s.end) for s in order]))
+        offset, token = {}, 0
+        for span in order:
+            offset[id(span)] = token - span.start
+            token += span.length
+        select = [wanted(s) + offset[id(s)] for s in spans]
+        hidden = self._layers(cache, attention, ids, positions, slots)
+        hidden = hidden.index_select(0, torch.from_numpy(np.concatenate(select)))
+        return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.model.model.norm.weight, self.eps)).float()
+
+    def _layers(self, cache, attention, ids, positions, slots) -> Tensor:
+        heads, both, dim = self.heads, self.heads + self.kv_heads, self.head_dim
+        h = F.embedding(ids, self.model.model.embed_tokens.weight)  # (tokens, width)
+        width = h.shape[-1:]
+        cos, sin = self._rotary(positions)
+        for number, layer in enumerate(self.layers):
+            x = F.rms_norm(h, width, layer.input_norm, self.eps)
+            qkv = layer.qkv(x).view(len(ids), both + self.kv_heads, dim)
+            qk = F.rms_norm(qkv[:, :both], (dim,), None, self.eps) * layer.qk_norm
+            qk = qk * cos + _rotate(qk) * sin
+            new = torch.cat([qk[:, heads:], qkv[:, both:]], dim=1).view(len(ids), 2, self.kv_heads, dim)
+            cache.data[number].index_copy_(0, slots, new)
+            h = h + layer.out(attention(number, qk[:, :heads]).reshape(len(ids), heads * dim))
+            h = h + layer.mlp(F.rms_norm(h, width, layer.post_norm, self.eps))
+        return h
+
+
+def _rotate(x: Tensor) -> Tensor:
+    """The halves swapped; the sign that rotation needs is in the sine table."""
+    half = x.shape[-1] // 2
+    return torch.cat([x[..., half:], x[..., :half]], dim=-1)

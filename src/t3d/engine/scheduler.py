@@ -1,0 +1,83 @@
+"""Who runs in the next forward. Requests wait in order; running ones keep their pages until they end or must yield."""
+
+from collections import deque
+
+from t3d.engine.kv_cache import KVCache
+from t3d.engine.request import Sequence, Span
+
+
+class Scheduler:
+    """Continuous batching: a place that becomes free is given away in the same step.
+
+    A sequence is admitted when the cache holds its prompt and first block, with a page to spare for every running
+    sequence that can still grow. When a running one cannot grow, the youngest yields: its pages are freed and it waits
+    in front, to be recomputed from its tokens. The oldest therefore always advances, and nothing is dropped.
+    """
+
+    def __init__(self, cache: KVCache, max_batch_size: int, prefill_tokens: int, fused: bool):
+        self.cache = cache
+        self.max_batch_size = max_batch_size
+        self.prefill_tokens = prefill_tokens
+        self.fused = fused
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.cache.release(sequence)
+        self.running.remove(sequence)
+
+    def plan(self) -> list[Span]:
+        """The spans of the next forward; empty only when nothing is left to do."""
+        self._make_room()
+        self._admit()
+        self.cache.compact()
+        spans, budget = [], self.prefill_tokens
+        for sequence in self.running:
+            span = self._span(sequence, budget)
+            if span is not None:
+                spans.append(span)
+                budget -= self._prefill_part(span)
+        return spans
+
+    def _make_room(self) -> None:
+        for sequence in list(self.running):
+            if sequence not in self.running:  # it has yielded to an older one
+                continue
+            while not self.cache.grow(sequence, sequence.block_end):
+                youngest = self.running.pop()
+                self.cache.release(youngest)
+                youngest.preemptions += 1
+                self.preemptions += 1
+                self.waiting.appendleft(youngest)
+                if youngest is sequence:
+                    break
+
+    def _admit(self) -> None:
+        can_grow = sum(self.cache.missing(s, s.request.most_tokens) > 0 for s in self.running)
+        while self.waiting and len(self.running) < self.max_batch_size:
+            sequence = self.waiting[0]
+            if self.cache.missing(sequence, sequence.block_end) + can_grow > self.cache.free_pages:
+                break
+            self.cache.grow(sequence, sequence.block_end)
+            can_grow += self.cache.missing(sequence, sequence.request.most_tokens) > 0
+            self.running.append(self.waiting.popleft())
+
+    def _prefill_part(self, span: Span) -> int:
+        """Tokens of a span beyond a finished block and the block in flight, which every forward may carry."""
+        block = span.sequence.request.config.block_size
+        return max(0, span.length - (2 if span.denoise else 1) * block)
+
+    def _span(self, sequence: Sequence, budget: int) -> Span | None:
+        """What this sequence does next: denoise, together with all that is not cached yet if `budget` allows."""
+        block = sequence.request.config.block_size
+        pending = sequence.base - sequence.cached
+        if pending == 0 or (self.fused and pending <= budget + block):
+            return Span(sequence, sequence.cached, sequence.block_end, denoise=True)
+        chunk = min(pending, (budget // block + 1) * block)
+        if budget <= 0 and pending > block:
+            return None
+        return Span(sequence, sequence.cached, sequence.cached + chunk, denoise=False)
