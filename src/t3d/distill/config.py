@@ -14,7 +14,7 @@ def _help(text: str, default):
 
 @dataclass
 class T3DConfig(TrainingArguments):
-    """How to distil. The method's defaults are the paper's (arXiv 2602.12262): full fine-tuning at 1e-5, cosine to 10%."""
+    """How to distil. The defaults are the paper's (arXiv 2602.12262): full fine-tuning at 1e-5, cosine to 10%."""
 
     objective: str = _help("what the student learns from: see `t3d.distill.objectives`", "t3d")
     alpha: float = _help("weight of DDO's term on the reference's own choices", 0.5)
@@ -27,7 +27,9 @@ class T3DConfig(TrainingArguments):
     round_interval: int = _help("replace the reference by the student every this many optimizer steps; 0: never", 10)
     mask_exponent: float = _help("mask ratios are drawn from {1, .75, .5, .25} with probability ~ ratio ** this", 8.0)
     mask_per_block: bool = _help("draw the mask ratio for every block instead of once per sequence", False)
-    order: str = _help("which tokens stay masked: the last committed ('trajectory'), 'reversed' or 'random'", "trajectory")
+    order: str = _help(
+        "which tokens stay masked: the last committed ('trajectory'), 'reversed' or 'random'", "trajectory"
+    )
     random_ratio: float = _help("share of masked inputs replaced by random tokens (still supervised)", 0.1)
     states_per_sequence: int = _help("noisy states of one trajectory that share its clean copy in a forward", 1)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
@@ -40,7 +42,9 @@ class T3DConfig(TrainingArguments):
     lr_scheduler_kwargs: dict | str | None = field(
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "arguments of the schedule"}
     )
-    optim: str = _help("optimizer: any of transformers', or 'muon' (matrices by Muon, the rest by AdamW)", "adamw_torch")
+    optim: str = _help(
+        "optimizer: any of transformers', or 'muon' (matrices by Muon, the rest by AdamW)", "adamw_torch"
+    )
     logging_steps: float = _help("log every this many optimizer steps", 10)
     save_steps: float = _help("save a checkpoint every this many optimizer steps", 100)
     save_total_limit: int | None = _help("checkpoints to keep", 2)
@@ -55,16 +59,26 @@ class T3DConfig(TrainingArguments):
 
         check(
             self.objective in OBJECTIVES,
-            f"objective: unknown {self.objective!r}{nearest(self.objective, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}",
+            f"objective: unknown {self.objective!r}{nearest(self.objective, OBJECTIVES)}; "
+            f"known: {', '.join(OBJECTIVES)}",
         )
         check(self.order in ORDERS, f"order is one of {', '.join(ORDERS)}, got {self.order!r}")
-        check(self.ddo_unit in ("sequence", "block"), f"ddo_unit is 'sequence' or 'block', got {self.ddo_unit!r}")
-        check(self.ddo_reduction in ("mean", "sum"), f"ddo_reduction is 'mean' or 'sum', got {self.ddo_reduction!r}")
+        check(
+            self.ddo_unit in ("sequence", "block"),
+            f"ddo_unit is 'sequence' or 'block', got {self.ddo_unit!r}",
+        )
+        check(
+            self.ddo_reduction in ("mean", "sum"),
+            f"ddo_reduction is 'mean' or 'sum', got {self.ddo_reduction!r}",
+        )
         check(0 <= self.random_ratio <= 1, f"random_ratio must lie in 0..1, got {self.random_ratio}")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
-        check(self.states_per_sequence >= 1, f"states_per_sequence must be at least 1, got {self.states_per_sequence}")
+        check(
+            self.states_per_sequence >= 1,
+            f"states_per_sequence must be at least 1, got {self.states_per_sequence}",
+        )
         check(self.round_interval >= 0, f"round_interval must not be negative, got {self.round_interval}")
-        check(self.reference_temperature >= 0, f"reference_temperature must not be negative")
+        check(self.reference_temperature >= 0, "reference_temperature must not be negative")
         self.use_muon = self.optim == "muon"
         if self.use_muon:
             self.optim = "adamw_torch"  # what transformers checks; T3DTrainer.create_optimizer builds Muon

@@ -118,7 +118,9 @@ class StateDataset(Dataset):
             )
             base = sum(map(len, ids)) + start - first  # where this copy's first response token lies in the row
             where = np.flatnonzero(masked & counted)
-            supervised.append((base + where, response[where], rank[where], weight[where], where * 0 + copy, block[where]))
+            supervised.append(
+                (base + where, response[where], rank[where], weight[where], where * 0 + copy, block[where])
+            )
             ids.append(np.concatenate([prompt[first:], noisy]))
             copies.append(np.full(end - first, copy))
             positions.append(np.arange(first, end))
@@ -154,7 +156,9 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
 
     fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0}
     grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
-    flat: dict[str, list[np.ndarray]] = {name: [] for name in ("select", "target", "rank", "weight", "sequence", "block")}
+    flat: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("select", "target", "rank", "weight", "sequence", "block")
+    }
     for r, row in enumerate(rows):
         at = 0
         for i in row:

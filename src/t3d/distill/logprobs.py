@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # positions at a time; at a vocabulary of 151,936 one chunk of fp32 logits is 0.6 GB
+CHUNK = 1024  # positions at a time: 0.6 GB of fp32 logits for 151,936 tokens
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int, chunk: int = CHUNK) -> Tensor:
-    """log p(token) at each position, float32 `(m, k)` for `tokens (m, k)`, `hidden (m, width)`, `weight (vocab, width)`.
+    """log p(token) at each position, float32 `(m, k)`; `tokens (m, k)`, `hidden (m, width)`, `weight (vocab, width)`.
 
     The mask token is not part of the distribution, as in the decoder. The backward pass recomputes the logits of each
     chunk, so memory does not grow with m * vocab.
@@ -21,9 +21,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int,
 
 
 @torch.no_grad()
-def choose_tokens(
-    hidden: Tensor, weight: Tensor, mask_id: int, temperature: float = 0.0, chunk: int = CHUNK
-) -> Tensor:
+def choose_tokens(hidden: Tensor, weight: Tensor, mask_id: int, temperature: float = 0.0, chunk: int = CHUNK) -> Tensor:
     """The model's own choice at each position, int64 `(m,)`: argmax, or one sample at `temperature`."""
     choices = []
     for h in hidden.split(chunk):

@@ -49,9 +49,10 @@ def trajectory_mask(
 def uniform_mask(block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Mask 1..n tokens of every block, the number uniform and the places random: `(mask, weight)`, both `(n,)`.
 
-    The weight, 1 over the number of masks in the block, makes cross-entropy the block-diffusion bound (arXiv 2503.09573).
+    The weight, 1 over the number of masks in the block, makes the cross-entropy the block-diffusion bound
+    (BD3-LM, arXiv 2503.09573).
     """
-    starts, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
     masked = rng.integers(1, count + 1)[inverse]
     return random_rank(block, rng) < masked, 1.0 / masked
 

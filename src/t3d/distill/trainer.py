@@ -32,7 +32,11 @@ class T3DTrainer(Trainer):
         self.mask_id = model.config.mask_token_id
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
-            train_dataset, args, model.config.block_size, self.mask_id, min(vocabulary, model.config.vocab_size)
+            train_dataset,
+            args,
+            model.config.block_size,
+            self.mask_id,
+            min(vocabulary, model.config.vocab_size),
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
         super().__init__(
@@ -45,6 +49,7 @@ class T3DTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(_SetEpoch())
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer averages those
         self.reference = None
         if self.objective.needs_reference:
@@ -103,6 +108,13 @@ class T3DTrainer(Trainer):
         saved = Path(resume_from_checkpoint) / REFERENCE_FILE
         if self.reference is not None and saved.exists():
             self.reference.load_state_dict(load_file(saved), strict=False)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the dataset its epoch. accelerate does too, but not in the epoch that a resumed run starts in."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class _RefreshReference(TrainerCallback):

@@ -14,21 +14,29 @@ from t3d.models.sdar import SDARConfig, SDARForCausalLM
 
 FAMILIES = {"sdar": SDARForCausalLM}
 
-__all__ = ["FAMILIES", "SDARConfig", "SDARForCausalLM", "load_model", "load_tokenizer", "save_model", "stop_ids"]
+__all__ = [
+    "FAMILIES",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+    "stop_ids",
+]
 
 
 def load_model(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | None = None):
     """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`.
 
-    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None is cuda if there is one.
+    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda where there is one.
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
     name = str(name)
     settings = _config_dict(name)
     family = settings.get("model_type")
     if family not in FAMILIES:
-        hint = "; make a block-diffusion folder of it first" if family in ("qwen3", "qwen2") else ""
-        raise T3DError(f"{name}: model type {family!r} is not supported (supported: {', '.join(FAMILIES)}){hint}")
+        known = ", ".join(FAMILIES)
+        raise T3DError(f"{name}: model type {family!r} is not supported (supported: {known})")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise T3DError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")

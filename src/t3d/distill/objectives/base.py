@@ -31,7 +31,12 @@ class Objective:
         return config.random_ratio
 
     def loss(
-        self, batch: TrainingBatch, student: Forward, reference: Forward | None, config: T3DConfig, mask_id: int
+        self,
+        batch: TrainingBatch,
+        student: Forward,
+        reference: Forward | None,
+        config: T3DConfig,
+        mask_id: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and detached scalars to log."""
         raise TypeError(f"{type(self).__name__} has no loss")

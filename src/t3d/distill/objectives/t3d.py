@@ -63,7 +63,7 @@ def path_loss(logp: Tensor, batch: TrainingBatch, k: int) -> Tensor:
 
 
 def path_weights(rank: Tensor, sequence: Tensor, block_size: int, k: int) -> Tensor:
-    """`w(rank) = 1/L * sum over the levels that contain it of 1/N_l`, `(m,)`; `N_l` counts a sequence's tokens in level l.
+    """`w(rank) = 1/L * sum over the levels containing it of 1/N_l`, `(m,)`; `N_l`: a sequence's tokens in level l.
 
     A level without tokens in a sequence adds nothing.
     """

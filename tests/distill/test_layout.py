@@ -1,0 +1,111 @@
+"""The invariant that training rests on: a noisy block's logits are the decoder's at the same state."""
+
+import numpy as np
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t3d.blocks import block_causal_mask
+from t3d.distill import T3DConfig
+from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.trajectories import NFE, Trajectory
+
+MASK, PAD = 63, 0
+
+
+def random_trajectory(rng, block_size, prompt_length, blocks):
+    length = -(-(prompt_length + 1) // block_size) * block_size + (blocks - 1) * block_size - prompt_length
+    return Trajectory(
+        prompt_ids=rng.integers(2, 60, prompt_length).tolist(),
+        response_ids=rng.integers(2, 60, length).tolist(),
+        step_map=rng.integers(0, block_size, length).tolist(),
+        confidence=rng.random(length).tolist(),
+        length=int(rng.integers(1, length + 1)),
+        finish_reason="stop",
+        nfe=NFE(),
+        block_size=block_size,
+        prompt_id=str(rng.integers(1 << 30)),
+    )
+
+
+def decoder_logits(model, trajectory, noisy_block, first):
+    """Logits of one block as a decoder without cache computes them: clean context, then the block's state."""
+    ids = torch.tensor([[*(trajectory.prompt_ids + trajectory.response_ids)[:first], *noisy_block]])
+    length = ids.shape[1]
+    mask = block_causal_mask(length, trajectory.block_size)[None, None]
+    return model(ids, mask, torch.arange(length)[None]).logits[0, first:]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    block_size=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32]),
+    documents=st.integers(1, 4),
+    copies=st.integers(1, 3),
+    packed=st.booleans(),
+    objective=st.sampled_from(["t3d", "sft"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_noisy_blocks_have_the_decoders_logits(seed, block_size, documents, copies, packed, objective):
+    rng = np.random.default_rng(seed)
+    model = make_model(block_size=block_size)
+    trajectories = [
+        random_trajectory(rng, block_size, int(rng.integers(1, 20)), int(rng.integers(1, 4))) for _ in range(documents)
+    ]
+    config = T3DConfig(output_dir="unused", objective=objective, states_per_sequence=copies, seed=seed, use_cpu=True)
+    dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
+    batch = TrainingBatch(**collate([dataset[i] for i in range(documents)], PAD, block_size, 400 if packed else 0))
+    layout = batch.layout
+    with torch.no_grad():
+        logits = model(batch.input_ids, layout.boolean_mask(), batch.position).logits
+    checked = 0
+    for d, trajectory in enumerate(trajectories):
+        first_noisy = len(trajectory.prompt_ids) // block_size * block_size
+        total = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        for c in range(1, copies + 1):
+            for first in range(first_noisy, total, block_size):
+                here = (batch.document == d) & (batch.copy == c) & (layout.block == first // block_size)
+                assert here.sum() == block_size
+                with torch.no_grad():
+                    expected = decoder_logits(model, trajectory, batch.input_ids[here].tolist(), first)
+                torch.testing.assert_close(logits[here], expected, atol=2e-4, rtol=1e-4)
+                checked += 1
+    assert checked >= documents * copies
+
+
+@given(seed=st.integers(0, 10**6), packed=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_supervised_positions_are_the_counted_masked_tokens(seed, packed):
+    rng = np.random.default_rng(seed)
+    trajectories = [random_trajectory(rng, 4, int(rng.integers(1, 12)), int(rng.integers(1, 4))) for _ in range(3)]
+    config = T3DConfig(output_dir="unused", states_per_sequence=2, seed=seed, random_ratio=0.3, use_cpu=True)
+    dataset = StateDataset(trajectories, config, 4, MASK, vocabulary=60)
+    examples = [dataset[i] for i in range(3)]
+    batch = TrainingBatch(**collate(examples, PAD, 4, 200 if packed else 0))
+    document, position, copy = (x.flatten()[batch.select] for x in (batch.document, batch.position, batch.copy))
+    for d, c, p, target in zip(document.tolist(), copy.tolist(), position.tolist(), batch.target.tolist(), strict=True):
+        place = p - len(trajectories[d].prompt_ids)
+        assert 0 <= place < trajectories[d].length, "only tokens through the stop are supervised"
+        assert c >= 1
+        assert target == trajectories[d].response_ids[place]
+    masked = (batch.input_ids == MASK).flatten()
+    uncounted = set(masked.nonzero()[:, 0].tolist()) - set(batch.select.tolist())
+    for i in uncounted:
+        d = batch.document.flatten()[i].item()
+        assert batch.position.flatten()[i] - len(trajectories[d].prompt_ids) >= trajectories[d].length
+
+
+def test_states_depend_on_seed_epoch_and_index_only():
+    rng = np.random.default_rng(0)
+    trajectories = [random_trajectory(rng, 4, 6, 5) for _ in range(4)]
+
+    def draw(seed, epoch, index):
+        config = T3DConfig(output_dir="unused", seed=seed, mask_exponent=0.0, mask_per_block=True, use_cpu=True)
+        dataset = StateDataset(trajectories, config, 4, MASK, vocabulary=60)
+        dataset.set_epoch(epoch)
+        return dataset[index]["input_ids"]
+
+    first = draw(0, 0, 2)
+    assert (draw(0, 0, 2) == first).all()
+    assert (draw(0, 1, 2) != first).any()
+    assert (draw(1, 0, 2) != first).any()

@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from test_layout import random_trajectory
+
+from t3d.distill import T3DConfig, T3DTrainer
+from t3d.errors import T3DError
+
+
+def trajectories(count=12, block_size=4):
+    rng = np.random.default_rng(0)
+    return [random_trajectory(rng, block_size, 6, 3) for _ in range(count)]
+
+
+def config(folder, **settings):
+    base = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "round_interval": 3,
+        "save_steps": 4,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 5,
+    }
+    return T3DConfig(output_dir=str(folder), **base | settings)
+
+
+def weights(model):
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "sft", "optim": "muon", "states_per_sequence": 2}])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
+    whole = T3DTrainer(make_model(), config(tmp_path / "whole", **settings), trajectories())
+    whole.train()
+    again = T3DTrainer(make_model(), config(tmp_path / "whole", **settings), trajectories())
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert again.state.global_step == 8
+    for (name, a), b in zip(weights(whole.model).items(), weights(again.model).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_training_lowers_the_loss_and_logs_every_term(tmp_path):
+    trainer = T3DTrainer(
+        make_model(), config(tmp_path, max_steps=40, save_steps=1000, logging_steps=10), trajectories()
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss/path" in entry]
+    assert logs[-1]["loss/path"] < 0.7 * logs[0]["loss/path"]
+    for name in ("loss/ddo", "lp/real", "lp/fake", "lp/reference_real", "margin/real", "margin/fake", "fake_differs"):
+        assert np.isfinite(logs[-1][name])
+
+
+def test_the_reference_is_replaced_at_round_boundaries_only(tmp_path):
+    trainer = T3DTrainer(make_model(), config(tmp_path, max_steps=7, round_interval=3, save_steps=100), trajectories())
+    seen = []
+
+    class Watch(type(trainer.callback_handler.callbacks[0])):
+        def on_step_end(self, args, state, control, **kwargs):
+            same = all(
+                torch.equal(a, b)
+                for a, b in zip(trainer.model.parameters(), trainer.reference.parameters(), strict=True)
+            )
+            seen.append(same)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == [False, False, True, False, False, True, False]
+
+
+def test_round_interval_zero_keeps_the_teacher(tmp_path):
+    model = make_model()
+    before = weights(model)
+    trainer = T3DTrainer(model, config(tmp_path, round_interval=0, save_steps=100), trajectories())
+    trainer.train()
+    for name, weight in trainer.reference.named_parameters():
+        assert torch.equal(weight, before[name])
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path):
+    """All sequences alike in length, so a mean of micro-batch means is the mean."""
+    runs = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        trainer = T3DTrainer(
+            make_model(),
+            config(
+                tmp_path / str(size),
+                max_steps=3,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+                round_interval=0,
+            ),
+            trajectories(),
+        )
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for name in runs[0]:
+        torch.testing.assert_close(runs[0][name], runs[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    trainer = T3DTrainer(make_model(), config(tmp_path, max_steps=8, save_steps=2), trajectories())
+
+    class Poison(type(trainer.callback_handler.callbacks[0])):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.lm_head.weight.data.fill_(float("nan"))
+
+    trainer.add_callback(Poison())
+    with pytest.raises(T3DError, match="nan at step 4"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+
+
+def test_trajectories_of_another_block_size_are_refused(tmp_path):
+    with pytest.raises(T3DError, match="block size 8, but the model's is 4"):
+        T3DTrainer(make_model(), config(tmp_path), trajectories(block_size=8))
+
+
+def test_filters_count_what_they_drop(tmp_path):
+    data = trajectories(6)
+    for i, trajectory in enumerate(data):
+        trajectory.correct = i % 2 == 0
+    trainer = T3DTrainer(make_model(), config(tmp_path, verified_only=True), data)
+    assert len(trainer.train_dataset) == 3
+    assert trainer.train_dataset.dropped["not verified correct"] == 3
+    for trajectory in data:
+        trajectory.correct = False
+    with pytest.raises(T3DError, match=r"no trajectory is left.*6 not verified correct"):
+        T3DTrainer(make_model(), config(tmp_path, verified_only=True), data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective": "t3dd"}, "did you mean 't3d'"),
+        ({"order": "backwards"}, "order is one of"),
+        ({"random_ratio": 2.0}, "random_ratio"),
+        ({"ddo_reduction": "max"}, "ddo_reduction"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, settings, words):
+    with pytest.raises(T3DError, match=words):
+        config(tmp_path, **settings)
