@@ -1,12 +1,17 @@
 """What a task is: problems, the one place where a prompt becomes ids, and a verifier."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import hashlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
 
 from t3d.errors import T3DError, nearest
 
 SPLITS = ("train", "dev", "test")
+THINK = "<think>\n"
 
 
 def _help(text: str, **kwargs):
@@ -19,28 +24,37 @@ class Problem:
 
     id: str
     question: str
-    answer: str | None = None  # reference answer; None where there is nothing to verify
+    answer: str | None = None  # reference answer; None where there is nothing to compare with
     extra: dict = field(default_factory=dict)  # what the task needs besides (tests, story, ...)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier found in one response."""
+
+    correct: bool | None  # None: the problem has nothing to verify against
+    extracted: str | None = None  # the answer or the program that was judged; None if there was none
+    reason: str = ""  # why it is not correct, one line
 
 
 @dataclass
 class TaskConfig:
     """Which problems to use and how to ask them."""
 
-    name: str = _help("task: word_problems, prompts, ...", default="word_problems")
-    path: str | None = _help(
-        "local file to read problems from (JSONL, JSON or Parquet; .gz too)", default=None
-    )
+    name: str = _help("task, or a Python file that registers one", default="word_problems")
+    eval_name: str | None = _help("another task for evaluation; default: `name`", default=None)
+    path: str | None = _help("local file to read problems from: JSONL, JSON, Parquet, gzipped or not", default=None)
     eval_path: str | None = _help("local file for evaluation; default: `path`", default=None)
+    dataset: str | None = _help("dataset on the hub instead of the task's own, e.g. Gen-Verse/GSM8K", default=None)
     question_field: str | None = _help("field of the question; default: the task's own", default=None)
     answer_field: str | None = _help("field of the reference answer; default: the task's own", default=None)
-    id_field: str | None = _help(
-        "field of the problem's id; default: 'id' if present, else the record number", default=None
-    )
+    id_field: str | None = _help("field of the id; default: 'id' where present, else file and line", default=None)
     template: str | None = _help("prompt text around {question}; default: the task's own", default=None)
+    start_with_think: bool = _help("begin the answer with <think>", default=False)
     num_train: int | None = _help("problems used for rollouts; default: all", default=None)
     num_eval: int | None = _help("problems used for evaluation; default: all", default=None)
-    data_seed: int = _help("seed of generated problems and of subsampling", default=0)
+    data_seed: int = _help("seed of generated problems and of the choice among more than asked for", default=0)
+    allow_unsandboxed: bool = _help("run generated code even where the system offers no isolation", default=False)
 
 
 class Task:
@@ -56,28 +70,40 @@ class Task:
             raise T3DError(f"task.template must contain {{question}}, got {self.template!r}")
 
     def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
-        """The first `n` problems of "train", "dev" or "test" (all if None); `seed`: `data_seed`."""
-        raise T3DError(f"task {self.name!r} has no problems of its own")
+        """`n` problems of "train", "dev" or "test" (all if None); `seed` defaults to the config's `data_seed`."""
+        raise T3DError(f"task {self.name!r} has no problems")
 
     def prompt_text(self, problem: Problem) -> str:
         """The user's message: the question inside the task's template (other braces stay as they are)."""
         return self.template.replace("{question}", problem.question)
 
+    def answer_start(self, problem: Problem) -> str:
+        """What the answer is made to begin with; it counts as prompt."""
+        return THINK if self.config.start_with_think else ""
+
     def prompt(self, problem: Problem, tokenizer) -> list[int]:
-        """Prompt ids: template, then the tokenizer's chat template (if any) up to the answer's start."""
+        """Prompt ids: template, the tokenizer's chat template (if any) up to the answer, and the answer's start."""
         text = self.prompt_text(problem)
         if getattr(tokenizer, "chat_template", None):
             message = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text + self.answer_start(problem), add_special_tokens=False)["input_ids"]
+
+    def judge(self, text: str, problem: Problem) -> Verdict:
+        """What is to be said about the response `text`, which begins where the prompt ends. Safe in threads."""
+        return Verdict(None)
+
+    def judge_all(self, texts: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
+        """`judge` for many, in order."""
+        return [self.judge(text, problem) for text, problem in zip(texts, problems, strict=True)]
 
     def verify(self, text: str, problem: Problem) -> bool | None:
-        """Whether the response `text` answers `problem`; None if the problem has no reference."""
-        raise T3DError(f"task {self.name!r} cannot verify answers")
+        """Whether the response `text` answers `problem`; None if there is nothing to verify against."""
+        return self.judge(text, problem).correct
 
     def solution(self, problem: Problem, rng: Random) -> str:
-        """A ground-truth response, where the task can write one."""
-        raise T3DError(f"task {self.name!r} has no ground-truth responses; use word_problems or rollouts")
+        """A ground-truth response (one of several at random, where there are several)."""
+        raise T3DError(f"task {self.name!r} has no ground-truth responses for {problem.id}; train on rollouts")
 
 
 _TASKS: dict[str, type[Task]] = {}
@@ -94,17 +120,41 @@ def register(name: str) -> Callable[[type[Task]], type[Task]]:
     return add
 
 
-def task_names() -> Iterable[str]:
+def task_names() -> list[str]:
+    """All known tasks: every module beside this one is imported, so a new file is a new task."""
+    folder = Path(__file__).parent
+    for module in pkgutil.iter_modules([str(folder)]):
+        importlib.import_module(f"{__package__}.{module.name}")
     return sorted(_TASKS)
 
 
-def get_task(config: TaskConfig) -> Task:
-    """The task called `config.name`; raises `T3DError` with the nearest name if there is none."""
-    if config.name not in _TASKS:
-        raise T3DError(
-            f"unknown task {config.name!r}{nearest(config.name, _TASKS)}; known: {', '.join(task_names())}"
-        )
+def get_task(config: TaskConfig, evaluation: bool = False) -> Task:
+    """The task that `config` describes; with `evaluation`, the one of `eval_name` (on `eval_path`) if that is set.
+
+    `config.name` is a registered name or the path of a Python file that registers one task.
+    """
+    if evaluation and config.eval_name is not None:
+        config = replace(config, name=config.eval_name, path=config.eval_path, dataset=None)
+    if config.name.endswith(".py"):
+        return _from_file(config.name)(config)
+    names = task_names()
+    if config.name not in names:
+        raise T3DError(f"unknown task {config.name!r}{nearest(config.name, names)}; known: {', '.join(names)}")
     return _TASKS[config.name](config)
+
+
+def _from_file(path: str) -> type[Task]:
+    if not Path(path).is_file():
+        raise T3DError(f"task file {path} does not exist")
+    known = dict(_TASKS)
+    unique = "t3d_task_" + hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(unique, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    added = [cls for name, cls in _TASKS.items() if known.get(name) is not cls]
+    if len(added) != 1:
+        raise T3DError(f"task file {path} must register exactly one task with @register(name), found {len(added)}")
+    return added[0]
 
 
 def check_split(split: str) -> None:

@@ -1,9 +1,10 @@
 """The word-level tokenizer of the embedded task: a word carries its leading space, digits stand alone."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, STOP, START, MASK, UNK = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|MASK|>", "<unk>"
 
@@ -18,7 +19,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer():
+    from tokenizers import Regex, pre_tokenizers
+
     return pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
 
 
@@ -27,11 +30,14 @@ def pieces(text: str) -> list[str]:
     return [piece for piece, _ in _pre_tokenizer().pre_tokenize_str(text)]
 
 
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
     """A tokenizer whose vocabulary is the special tokens, then the sorted pieces of `texts`.
 
     `decode(encode(text)) == text` for every text made of those pieces; anything else becomes `<unk>`.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
     words = sorted({piece for text in texts for piece in pieces(text)} | {"user\n", "assistant\n", "\n"})
     specials = [PAD, STOP, START, MASK, UNK]
     vocabulary = {token: i for i, token in enumerate([*specials, *words])}

@@ -15,7 +15,9 @@ from itertools import product
 from random import Random
 
 from t3d.errors import T3DError
-from t3d.tasks.base import Problem, Task, check_split, register
+from t3d.tasks.base import Problem, Task, Verdict, check_split, register
+from t3d.tasks.math import equal, last_boxed
+from t3d.tasks.tokenizer import word_tokenizer
 
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Lily", "Sam", "Zoe", "Max", "Emma", "Leo", "Nora", "Jack")
 ITEMS = ("apples", "pears", "books", "coins", "stamps", "marbles", "cards", "shells", "pencils", "buttons")
@@ -246,8 +248,6 @@ def all_solutions(problem: Problem) -> Iterator[str]:
 
 def build_tokenizer():
     """The task's tokenizer (a `PreTrainedTokenizerFast`): every word that its texts can hold."""
-    from t3d.tasks.tokenizer import word_tokenizer
-
     people = [text for name in NAMES for text in (name, " " + name)]
     words = [" " + word for word in (*ITEMS, *BOXES, "dollars", "They", "they", "them")]
     digits = [text for digit in range(10) for text in (f"{digit}", f" {digit}")]
@@ -276,10 +276,12 @@ class WordProblems(Task):
         seed = self.config.data_seed if seed is None else seed
         return [problem(seed, split, index) for index in range(n)]
 
-    def verify(self, text: str, problem: Problem) -> bool | None:
-        from t3d.tasks.math import verify_math
-
-        return verify_math(text, problem.answer)
+    def judge(self, text: str, problem: Problem) -> Verdict:
+        answer = last_boxed(text)
+        if answer is None:
+            return Verdict(False, None, "no \\boxed{} answer")
+        correct = equal(answer, problem.answer)
+        return Verdict(correct, answer, "" if correct else f"expected {problem.answer}")
 
     def solution(self, problem: Problem, rng: Random) -> str:
         return solution(problem, rng)

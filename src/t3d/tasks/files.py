@@ -1,0 +1,118 @@
+"""A task whose problems are records of a local file or of a dataset on the Hugging Face hub."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+
+from t3d.errors import T3DError, nearest
+from t3d.tasks.base import Problem, Task, check_split
+from t3d.tasks.records import read_records
+
+
+class FileTask(Task):
+    """Reads `path` (`eval_path` for dev and test), else the hub; subclasses say what a record's fields mean.
+
+    A local file is used for whatever stage asks for it, whole: with only `path` set, training and evaluation see
+    the same problems (`held_out` says so). `n` of more records is a choice by seed, in the file's order; a larger
+    `n` contains every smaller one.
+    """
+
+    question_fields: tuple[str, ...] = ("question",)  # the first that a record has
+    answer_fields: tuple[str, ...] = ()
+    hub: dict[str, tuple[str, str | None, str]] = {}  # noqa: RUF012  our split: dataset, configuration, its split
+
+    def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
+        check_split(split)
+        seen: dict[str, str] = {}
+        problems = []
+        source, name, records = self._source(split)
+        for where, record in records:
+            problem = self.problem(record, self._id(record, name, where, source), f"{source}, {where}")
+            first = seen.setdefault(problem.id, where)
+            if first is not where:
+                raise T3DError(f"{source}, {where}: id {problem.id!r} was already used in {first}")
+            problems.append(problem)
+        if n is None or n >= len(problems):
+            return problems
+        order = list(range(len(problems)))
+        Random(self.config.data_seed if seed is None else seed).shuffle(order)
+        return [problems[i] for i in sorted(order[:n])]
+
+    def held_out(self) -> bool:
+        """Whether training and evaluation read different data."""
+        if self.config.path is not None:
+            return self.config.eval_path not in (None, self.config.path)
+        return self.config.eval_path is not None or self.hub.get("train") != self.hub.get("test")
+
+    def problem(self, record: dict, id: str, where: str) -> Problem:
+        """The problem that `record` describes. Raises `T3DError`, which begins with `where`, if it cannot."""
+        return Problem(id, self.question(record, where), self.answer(record, where))
+
+    def question(self, record: dict, where: str) -> str:
+        text = pick(record, self.config.question_field, self.question_fields, where)
+        if not isinstance(text, str):
+            raise T3DError(f"{where}: the question is {type(text).__name__}, not text")
+        if not text.strip():
+            raise T3DError(f"{where}: the question is empty")
+        return text
+
+    def answer(self, record: dict, where: str) -> str | None:
+        answer = pick(record, self.config.answer_field, self.answer_fields, where, optional=True)
+        if answer is None or isinstance(answer, str):
+            return answer or None
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            return str(answer)
+        raise T3DError(f"{where}: the answer is {type(answer).__name__}, not text or a number")
+
+    def _id(self, record: dict, name: str, where: str, source: str) -> str:
+        field = self.config.id_field
+        if field is None and record.get("id") is None:
+            return f"{name}:{where.split()[-1]}"
+        value = pick(record, field, ("id",), f"{source}, {where}")
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise T3DError(f"{source}, {where}: the id is {value!r}, not text or a whole number")
+        return str(value)
+
+    def _source(self, split: str) -> tuple[str, str, Iterable[tuple[str, dict]]]:
+        """What to call the source in a message, in an id, and its records."""
+        path = self.config.path if split == "train" else self.config.eval_path or self.config.path
+        if path is not None:
+            return path, Path(path).name.split(".")[0], read_records(path)
+        if not self.hub:
+            raise T3DError(f"task {self.name!r} needs a file: set task.path=FILE (JSONL, JSON or Parquet)")
+        if split not in self.hub:
+            other = ", ".join(sorted(self.hub))
+            raise T3DError(
+                f"{self.name} has no {split} problems on the hub, only {other}; set task.path or another task"
+            )
+        dataset, configuration, hub_split = self.hub[split]
+        if self.config.dataset is not None:
+            dataset, configuration = self.config.dataset, None
+        return dataset, f"{dataset}/{hub_split}", _from_hub(dataset, configuration, hub_split)
+
+
+def pick(record: dict, chosen: str | None, usual: tuple[str, ...], where: str, optional: bool = False):
+    """The value of field `chosen`, or of the first of `usual` that the record has."""
+    names = (chosen,) if chosen is not None else usual
+    for name in names:
+        if name in record:
+            return record[name]
+    if optional and chosen is None:
+        return None
+    wanted = " or ".join(map(repr, names))
+    found = ", ".join(map(str, record)) or "none"
+    raise T3DError(f"{where}: no field {wanted}{nearest(names[0], map(str, record))}; fields found: {found}")
+
+
+def _from_hub(dataset: str, configuration: str | None, split: str) -> Iterator[tuple[str, dict]]:
+    from datasets import load_dataset
+
+    try:
+        records = load_dataset(dataset, configuration, split=split)
+    except Exception as error:  # the library has dozens, from network, cache and parsing
+        cause = str(error).strip().split("\n")[0]
+        raise T3DError(
+            f"cannot load {dataset} ({split}) from the Hugging Face hub: {cause[:200]}; "
+            "check the network and HF_HUB_OFFLINE, or download it and set task.path=FILE"
+        ) from error
+    return ((f"record {number}", record) for number, record in enumerate(records, start=1))
