@@ -83,7 +83,8 @@ def test_fused_costs_steps_forwards_per_block(model):
     (plain,) = Engine(model, fused=False).generate([[7, 8, 9, 10, 11, 12, 13, 14]], config)
     assert (fused.nfe.prefill, fused.nfe.denoise, fused.nfe.commit) == (0, 8, 0)
     assert (plain.nfe.prefill, plain.nfe.denoise, plain.nfe.commit) == (1, 8, 3)
-    assert fused.response_ids == plain.response_ids and fused.step_map == plain.step_map
+    assert fused.response_ids == plain.response_ids
+    assert fused.step_map == plain.step_map
 
 
 def test_weights_are_read_anew(model):

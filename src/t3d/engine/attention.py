@@ -118,19 +118,17 @@ class SpanAttention:
         q = q.view(self.rows, self.width, kv_heads, self.groups, dim).transpose(1, 2)
         q = q.reshape(self.rows, kv_heads, self.width * self.groups, dim)
         k, v = self.cache.pages_view(layer, self.pages, self.longest)
-        if self.paged:
-            out = self._merged(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        attend = self._merged if self.paged else F.scaled_dot_product_attention
+        out = attend(q, k, v, self.mask)
         out = out.view(self.rows, kv_heads, self.width, self.groups, dim).transpose(1, 2)
         out = out.reshape(self.rows * self.width, kv_heads * self.groups * dim)
         return out if self.places is None else out.index_select(0, self.places)
 
-    def _merged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _merged(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over all pages of a row from the partial softmax of each page."""
         scores = torch.matmul(q.index_select(0, self.owner) * q.shape[-1] ** -0.5, k.transpose(2, 3))
-        if self.mask is not None:
-            scores += self.mask
+        if mask is not None:
+            scores += mask
         peak = scores.amax(-1)  # (pages, kv_heads, queries)
         weights = (scores - peak[..., None]).exp_()
         total, out = weights.sum(-1), torch.matmul(weights, v)

@@ -1,7 +1,7 @@
 """Keys and values of everything in flight, in pages.
 
-One arena per layer, `(num_pages * page_size, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy, and a
-page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front.
+One arena per layer, `(num_pages * page_size, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy, and
+a page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front.
 """
 
 import heapq
@@ -46,7 +46,7 @@ class KVCache:
         return max(0, -(-end // self.page_size) - len(sequence.pages))
 
     def grow(self, sequence: Sequence, end: int) -> bool:
-        """Give the sequence the pages that hold positions up to `end`; False, and nothing taken, if there are too few."""
+        """Give the sequence pages for positions up to `end`; False, and nothing taken, if there are too few."""
         missing = self.missing(sequence, end)
         if missing > len(self._free):
             return False
@@ -88,7 +88,7 @@ class KVCache:
         return np.asarray(sequence.pages)[position // size] * size + position % size
 
     def pages_view(self, layer: int, pages: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` positions of the first `pages` pages, `(pages, kv_heads, length, head_dim)` each, no copy."""
+        """First `length` positions of the first `pages` pages: (pages, kv_heads, length, head_dim) each, no copy."""
         _, _, heads, dim = self.data[layer].shape
         view = self.data[layer][: pages * self.page_size].view(pages, self.page_size, 2, heads, dim)[:, :length]
         return view[:, :, 0].transpose(1, 2), view[:, :, 1].transpose(1, 2)

@@ -52,7 +52,7 @@ class Span:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request and its state. Positions before `base` are final; `base .. base + block_size` is the block in flight."""
+    """A request and its state. Positions before `base` are final; the block in flight begins at `base`."""
 
     request: Request
     mask_id: int

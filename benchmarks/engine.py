@@ -1,0 +1,130 @@
+"""Tokens per second of the engine beside a plain sampler, in one interleaved run.
+
+    python benchmarks/engine.py [--json FILE] [--rounds N] [--threads N] [--batch N ...] [--steps N ...] [--device cpu]
+
+The plain sampler does what SDAR's own generate.py does: one sequence, transformers' forward with a DynamicCache, `S`
+denoising forwards per block and one more that stores the finished block. Both must give the same tokens. A ratio is the
+engine's tokens per second over the plain sampler's; each round measures both, and the table shows medians.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+from transformers import DynamicCache
+
+from t3d.decoding import DecodingConfig
+from t3d.engine import Engine
+from t3d.models import SDARConfig, SDARForCausalLM
+
+BLOCK, PROMPT, NEW = 4, 64, 256
+
+
+def make_model(device: str, dtype: torch.dtype) -> SDARForCausalLM:
+    torch.manual_seed(0)
+    config = SDARConfig(
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=768,
+        vocab_size=8192,
+        tie_word_embeddings=False,
+        max_position_embeddings=1024,
+        block_size=BLOCK,
+        mask_token_id=8191,
+    )
+    model = SDARForCausalLM(config)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # sharp enough that no decision is near a tie
+            torch.nn.init.normal_(weight, std=2.0 / weight.shape[1] ** 0.5)
+    return model.to(device, dtype).eval()
+
+
+@torch.inference_mode()
+def plain_sampler(model, prompt: list[int], new: int, steps: int) -> list[int]:
+    """Greedy low-confidence decoding of one prompt (whole blocks long), for clarity and not for speed."""
+    mask_id, device = model.config.mask_token_id, model.device
+    cache = DynamicCache()
+
+    def forward(ids, start):
+        positions = torch.arange(start, start + ids.shape[1], device=device)
+        seen = torch.arange(start + ids.shape[1], device=device)
+        mask = (seen // BLOCK <= positions[:, None] // BLOCK)[None, None]
+        return model(ids, attention_mask=mask, position_ids=positions[None], past_key_values=cache).logits[0]
+
+    ids = torch.tensor([prompt], device=device)
+    forward(ids, 0)
+    out = []
+    for start in range(len(prompt), len(prompt) + new, BLOCK):
+        block = torch.full((1, BLOCK), mask_id, device=device)
+        for step in range(steps):
+            logits = forward(block, start).float()
+            cache.crop(-BLOCK)
+            logits[:, mask_id] = -torch.inf
+            confidence, tokens = logits.softmax(-1).max(-1)
+            confidence[block[0] != mask_id] = -torch.inf
+            count = BLOCK // steps + (step < BLOCK % steps)
+            chosen = confidence.topk(count).indices
+            block[0, chosen] = tokens[chosen]
+        forward(block, start)  # stores the finished block
+        out += block[0].tolist()
+    return out
+
+
+def measure(model, batch: int, steps: int, rounds: int) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, 8000, (batch, PROMPT), generator=generator).tolist()
+    config = DecodingConfig(steps=steps, max_tokens=NEW, stop_ids=())
+    engine = Engine(model, max_batch_size=batch)
+    engine.generate(prompts[:1], config)
+    plain_rates, engine_rates, equal = [], [], 0
+    for number in range(rounds):
+        start = time.perf_counter()
+        plain = plain_sampler(model, prompts[number % batch], NEW, steps)
+        plain_rates.append(NEW / (time.perf_counter() - start))
+        start = time.perf_counter()
+        results = engine.generate(prompts, config)
+        engine_rates.append(batch * NEW / (time.perf_counter() - start))
+        equal += results[number % batch].response_ids == plain
+    return {
+        "batch": batch,
+        "steps": steps,
+        "plain": round(statistics.median(plain_rates), 1),
+        "engine": round(statistics.median(engine_rates), 1),
+        "ratio": round(statistics.median(e / p for e, p in zip(engine_rates, plain_rates, strict=True)), 2),
+        "equal": f"{equal}/{rounds}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = make_model(options.device, getattr(torch, options.dtype))
+    print(f"torch {torch.__version__}, {options.device}, {options.dtype}, {options.threads} thread(s), {platform.machine()}")
+    print(f"{'batch':>5} {'steps':>5} {'plain tok/s':>12} {'engine tok/s':>13} {'ratio':>7} {'equal':>7}")
+    rows = []
+    for batch in options.batch:
+        for steps in options.steps:
+            row = measure(model, batch, steps, options.rounds)
+            rows.append(row)
+            print("{batch:>5} {steps:>5} {plain:>12} {engine:>13} {ratio:>6}x {equal:>7}".format(**row), flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"torch": torch.__version__, "threads": options.threads, "ratios": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
