@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.trajectories import (
@@ -77,8 +78,8 @@ def test_what_is_written_is_read_back(tmp_path_factory, rows):
     assert sorted(read, key=lambda t: (t.prompt_id, t.sample)) == sorted(rows, key=lambda t: (t.prompt_id, t.sample))
 
 
-def test_order_does_not_depend_on_order_of_writing_or_on_shards(tmp_path, make):
-    rows = [make(f"gsm8k-{i}", sample) for i in range(30) for sample in range(2)]
+def test_order_does_not_depend_on_order_of_writing_or_on_shards(tmp_path):
+    rows = [make_trajectory(f"gsm8k-{i}", sample) for i in range(30) for sample in range(2)]
     write(tmp_path / "once", rows)
     shuffled = random.Random(1).sample(rows, len(rows))
     for start in range(0, len(rows), 13):
@@ -88,8 +89,8 @@ def test_order_does_not_depend_on_order_of_writing_or_on_shards(tmp_path, make):
     assert list(once) == list(pieces) == rows  # numbers in ids by value: 2 before 10
 
 
-def test_dataset_random_access_select_column_and_pickle(tmp_path, make):
-    rows = [make(f"{i:04d}", correct=i % 3 == 0) for i in range(200)]
+def test_dataset_random_access_select_column_and_pickle(tmp_path):
+    rows = [make_trajectory(f"{i:04d}", correct=i % 3 == 0) for i in range(200)]
     write(tmp_path, rows, shard_size=70)
     dataset = TrajectoryDataset(tmp_path)
     assert len(dataset) == 200
@@ -105,8 +106,8 @@ def test_dataset_random_access_select_column_and_pickle(tmp_path, make):
     assert list(dataset.select([5, 2, 5])) == [rows[5], rows[2], rows[5]]
 
 
-def test_the_cache_of_row_groups_is_bounded(tmp_path, make, monkeypatch):
-    write(tmp_path, [make(f"{i:04d}") for i in range(400)])
+def test_the_cache_of_row_groups_is_bounded(tmp_path, monkeypatch):
+    write(tmp_path, [make_trajectory(f"{i:04d}") for i in range(400)])
     dataset = TrajectoryDataset(tmp_path)
     one = dataset._group(0, 0).nbytes
     monkeypatch.setattr("t3d.trajectories.dataset.CACHE_BYTES", 2 * one)
@@ -115,10 +116,10 @@ def test_the_cache_of_row_groups_is_bounded(tmp_path, make, monkeypatch):
     assert dataset._cached_bytes == sum(table.nbytes for table in dataset._cache.values())
 
 
-def test_more_shards_than_files_may_be_open(tmp_path, make, monkeypatch):
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr("t3d.trajectories.dataset.OPEN_FILES", 3)
     monkeypatch.setattr("t3d.trajectories.dataset.CACHE_BYTES", 0)
-    rows = [make(f"{i}") for i in range(8)]
+    rows = [make_trajectory(f"{i}") for i in range(8)]
     write(tmp_path, rows, shard_size=1)
     dataset = TrajectoryDataset(tmp_path)
     for i in [0, 7, 3, 0, 5, 1, 6, 7, 2, 4, 0]:
@@ -127,40 +128,40 @@ def test_more_shards_than_files_may_be_open(tmp_path, make, monkeypatch):
     assert len(dataset._files) == 3
 
 
-def test_a_folder_is_continued_and_its_shards_left_alone(tmp_path, make):
-    write(tmp_path, [make("a"), make("b")])
+def test_a_folder_is_continued_and_its_shards_left_alone(tmp_path):
+    write(tmp_path, [make_trajectory("a"), make_trajectory("b")])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with TrajectoryWriter(tmp_path, METADATA) as writer:
         assert writer.done() == {("a", 0), ("b", 0)}
-        writer.write(make("b", seed=7))  # there already: the first stays
-        writer.write(make("b", 1))
+        writer.write(make_trajectory("b", seed=7))  # there already: the first stays
+        writer.write(make_trajectory("b", 1))
         assert ("b", 1) in writer.done()
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert list(read_trajectories(tmp_path)) == [make("a"), make("b"), make("b", 1)]
+    assert list(read_trajectories(tmp_path)) == [make_trajectory("a"), make_trajectory("b"), make_trajectory("b", 1)]
 
 
-def test_of_two_rows_with_one_key_the_older_shard_wins(tmp_path, make):
-    write(tmp_path / "x", [make("a", seed=1)])
-    write(tmp_path / "y", [make("a", seed=2), make("b")])
+def test_of_two_rows_with_one_key_the_older_shard_wins(tmp_path):
+    write(tmp_path / "x", [make_trajectory("a", seed=1)])
+    write(tmp_path / "y", [make_trajectory("a", seed=2), make_trajectory("b")])
     (tmp_path / "y" / "shard-00000.parquet").rename(tmp_path / "x" / "shard-00001.parquet")
-    assert list(read_trajectories(tmp_path / "x")) == [make("a", seed=1), make("b")]
+    assert list(read_trajectories(tmp_path / "x")) == [make_trajectory("a", seed=1), make_trajectory("b")]
 
 
-def test_both_triggers_flush(tmp_path, make):
+def test_both_triggers_flush(tmp_path):
     with TrajectoryWriter(tmp_path / "rows", METADATA, shard_size=2, flush_seconds=1e9) as writer:
-        writer.write(make("a"))
+        writer.write(make_trajectory("a"))
         assert not list((tmp_path / "rows").iterdir())
-        writer.write(make("b"))
+        writer.write(make_trajectory("b"))
         assert len(list(read_trajectories(tmp_path / "rows"))) == 2
     with TrajectoryWriter(tmp_path / "seconds", METADATA, flush_seconds=0) as writer:
-        writer.write(make("a"))
+        writer.write(make_trajectory("a"))
         assert len(list(read_trajectories(tmp_path / "seconds"))) == 1
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_writer_keeps_what_was_finished(tmp_path, make, exception):
+def test_an_interrupted_writer_keeps_what_was_finished(tmp_path, exception):
     def finished_one_then_stopped():
-        yield make("a")
+        yield make_trajectory("a")
         raise exception
 
     with pytest.raises(exception):
@@ -168,10 +169,10 @@ def test_an_interrupted_writer_keeps_what_was_finished(tmp_path, make, exception
     assert [t.prompt_id for t in read_trajectories(tmp_path)] == ["a"]
 
 
-def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_path, make):
+def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_path):
     script = (
         "import os, sys, itertools; sys.path.insert(0, sys.argv[2])\n"
-        "from conftest import make_trajectory\n"
+        "from trajectory_examples import make_trajectory\n"
         "from t3d.trajectories import TrajectoryWriter\n"
         f"with TrajectoryWriter(sys.argv[1], {METADATA}, shard_size=20) as writer:\n"
         "    for i in itertools.count():\n"
@@ -179,7 +180,7 @@ def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_pat
         "        if i == 50: print('go', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path, Path(__file__).parent], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, tmp_path, Path(__file__).parents[1]], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "go\n"
     process.send_signal(signal.SIGKILL)
@@ -187,17 +188,17 @@ def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_pat
     (tmp_path / ".shard-00099.parquet.tmp").write_bytes(b"half a shard")
     read = list(read_trajectories(tmp_path))
     assert len(read) >= 40
-    assert read == [make(f"p{i}") for i in range(len(read))]
+    assert read == [make_trajectory(f"p{i}") for i in range(len(read))]
     with TrajectoryWriter(tmp_path, METADATA) as writer:
         assert len(writer.done()) == len(read)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_no_room_is_a_clear_error_and_loses_nothing(tmp_path, make):
+def test_no_room_is_a_clear_error_and_loses_nothing(tmp_path):
     """A real limit on the size of files, in a process of its own."""
     script = (
         "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from conftest import make_trajectory\n"
+        "from trajectory_examples import make_trajectory\n"
         "from t3d import T3DError\n"
         "from t3d.trajectories import TrajectoryWriter\n"
         f"writer = TrajectoryWriter(sys.argv[1], {METADATA})\n"
@@ -210,7 +211,7 @@ def test_no_room_is_a_clear_error_and_loses_nothing(tmp_path, make):
         "print(sorted(p.name for p in writer.folder.iterdir()))\n"
         "writer.close()\n"
     )
-    command = [sys.executable, "-c", script, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", script, tmp_path, Path(__file__).parents[1]]
     done = subprocess.run(command, capture_output=True, text=True)
     message, names = done.stdout.splitlines()
     assert message.startswith(f"cannot write {tmp_path}/shard-00001.parquet: File too large")
@@ -233,17 +234,17 @@ def test_one_writer_at_a_time(tmp_path):
         ({"tokenizer": "abc"}, "tokenizer = None, not 'abc'"),
     ],
 )
-def test_other_metadata_is_an_error_that_names_the_key(tmp_path, make, change, message):
-    write(tmp_path, [make()])
+def test_other_metadata_is_an_error_that_names_the_key(tmp_path, change, message):
+    write(tmp_path, [make_trajectory()])
     with pytest.raises(T3DError, match=message):
         TrajectoryWriter(tmp_path, METADATA | change)
     TrajectoryWriter(tmp_path, METADATA | {"versions": {"t3d": "2"}}).close()
     assert read_metadata(tmp_path)["decoding"] == {"steps": 4, "stop_ids": [1, 2]}
 
 
-def test_shards_of_different_settings_do_not_mix(tmp_path, make):
-    write(tmp_path / "x", [make("a")])
-    write(tmp_path / "y", [make("b")], METADATA | {"model": "other"})
+def test_shards_of_different_settings_do_not_mix(tmp_path):
+    write(tmp_path / "x", [make_trajectory("a")])
+    write(tmp_path / "y", [make_trajectory("b")], METADATA | {"model": "other"})
     (tmp_path / "y" / "shard-00000.parquet").rename(tmp_path / "x" / "shard-00001.parquet")
     with pytest.raises(T3DError, match=r"shard-00001.parquet was made with another model than shard-00000"):
         TrajectoryDataset(tmp_path / "x")
@@ -290,8 +291,8 @@ def damage_column(path):
         (damage_column, "column 'step_map' should be"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_named(tmp_path, make, damage, message):
-    write(tmp_path, [make()])
+def test_a_damaged_or_foreign_file_is_named(tmp_path, damage, message):
+    write(tmp_path, [make_trajectory()])
     path = tmp_path / "shard-00000.parquet"
     damage(path)
     attempts = [TrajectoryDataset, read_metadata, read_trajectories, lambda f: TrajectoryWriter(f, METADATA)]
@@ -302,8 +303,8 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, make, damage, message):
         assert "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_is_found(tmp_path, make):
-    write(tmp_path, [make(f"{i}") for i in range(50)])
+def test_a_flipped_bit_is_found(tmp_path):
+    write(tmp_path, [make_trajectory(f"{i}") for i in range(50)])
     path = tmp_path / "shard-00000.parquet"
     column = pq.ParquetFile(path).metadata.row_group(0).column(3)
     data = bytearray(path.read_bytes())
@@ -324,10 +325,10 @@ def test_missing_empty_and_unwritable_folders(tmp_path):
         TrajectoryWriter(tmp_path / "file" / "folder", METADATA)
 
 
-def test_datasets_opens_it(tmp_path, make):
+def test_datasets_opens_it(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     datasets = pytest.importorskip("datasets")
-    rows = [make(f"{i}") for i in range(5)]
+    rows = [make_trajectory(f"{i}") for i in range(5)]
     write(tmp_path / "store", rows, shard_size=2)
     files = sorted(map(str, (tmp_path / "store").glob("*.parquet")))
     table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
@@ -352,8 +353,8 @@ def test_datasets_opens_it(tmp_path, make):
         ({"nfe": NFE(-1, 0, 0)}, "forwards"),
     ],
 )
-def test_validate_names_what_is_wrong(tmp_path, make, change, message):
-    good = make("p7", 2)
+def test_validate_names_what_is_wrong(tmp_path, change, message):
+    good = make_trajectory("p7", 2)
     assert validate(good) is good
     bad = replace(good, **change)
     with pytest.raises(T3DError, match=message) as caught:
@@ -363,8 +364,8 @@ def test_validate_names_what_is_wrong(tmp_path, make, change, message):
         writer.write(bad)
 
 
-def test_foreign_rows_are_checked_when_read(tmp_path, make):
-    write(tmp_path, [make()])
+def test_foreign_rows_are_checked_when_read(tmp_path):
+    write(tmp_path, [make_trajectory()])
     path = tmp_path / "shard-00000.parquet"
     table = pq.read_table(path)
     index = table.schema.get_field_index("block_size")

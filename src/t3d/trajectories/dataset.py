@@ -81,6 +81,10 @@ class TrajectoryDataset(Sequence):
         view.__setstate__(self.__getstate__() | {"_places": self._places[np.asarray(rows)]})
         return view
 
+    def keys(self) -> list[tuple[str, int]]:
+        """(prompt_id, sample) of every row, in order."""
+        return list(zip(self.column("prompt_id"), self.column("sample"), strict=True))
+
     def column(self, name: str) -> list:
         """One column for all rows, in this dataset's order, reading no other: e.g. `correct`, `length`."""
         values, starts = [], {}

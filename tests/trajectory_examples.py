@@ -1,7 +1,8 @@
+"""Trajectories for tests that need no model."""
+
 import random
 
 import numpy as np
-import pytest
 
 from t3d.trajectories import NFE, Trajectory
 
@@ -34,8 +35,3 @@ def make_trajectory(prompt_id="p0", sample=0, block_size=4, prompt=5, blocks=2, 
         "extra": {"problem": {"level": 3}},
     }
     return Trajectory(**values | fields)
-
-
-@pytest.fixture
-def make():
-    return make_trajectory
