@@ -1,0 +1,161 @@
+"""One row per evaluated setting: made from its trajectories, shown as a table."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from rich.table import Table
+
+from t3d.decoding.config import DecodingConfig
+from t3d.decoding.strategies import STRATEGIES
+from t3d.evaluation.metrics import Speed, bootstrap, majority, pass_at_k, tokps, wilson
+from t3d.trajectories.record import Trajectory
+
+SECONDS, EXTRACTED = "decode_seconds", "extracted"  # keys of Trajectory.extra
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """What one model did at one decode setting. Accuracies are fractions, None where nothing could be verified."""
+
+    model: str
+    objective: str | None
+    block_size: int
+    steps: int
+    strategy: str
+    threshold: float | None  # None for strategies with a schedule
+    floor: str | None
+    temperature: float
+    seed: int
+    num_problems: int
+    num_verified: int  # those with a verdict; accuracy and its interval are over them
+    samples: int
+    accuracy: float | None  # mean over problems, and over a problem's samples
+    ci95: tuple[float, float] | None  # Wilson; with several samples per problem: bootstrap over problems
+    pass_at: dict[str, float]  # "1", "2", "4", ... up to `samples`; empty for one sample
+    majority: float | None  # accuracy of the most frequent answer of each problem
+    tokps: float | None  # nominal tokens per step; None for dynamic strategies
+    tpf: float  # tokens per forward that denoises
+    tpf_all: float  # tokens per forward, prefill and commit included
+    tps: float | None  # tokens per second of decoding
+    nfe: float  # forwards per response, of all three kinds
+    nfe_prefill: float
+    nfe_denoise: float
+    nfe_commit: float
+    mean_length: float  # tokens per response, through the stop token
+    truncated: float  # share of responses that did not stop by themselves
+    wall_seconds: float  # decoding alone, over all attempts
+    hardware: str = ""
+    batch_size: int | None = None
+    results: str = ""  # folder of the trajectories with verdicts, relative to the run
+    extra: dict = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        values = asdict(self)
+        return values | {"ci95": list(self.ci95) if self.ci95 else None}
+
+
+def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **fields) -> EvalRow:
+    """The row of one setting. `config` is resolved (block size and steps set); `fields` go into the row as they are."""
+    scheduled = STRATEGIES[config.strategy].scheduled
+    totals, seconds, truncated = Speed(), 0.0, 0
+    problems: dict[str, list[tuple[bool | None, str | None]]] = {}  # (verdict, answer) of each sample
+    for t in trajectories:
+        totals.add(t)
+        seconds += t.extra.get(SECONDS, 0.0)
+        truncated += t.finish_reason == "length"
+        problems.setdefault(t.prompt_id, []).append((t.correct, t.extra.get(EXTRACTED, t.text)))
+    count = max(1, totals.sequences)
+    return EvalRow(
+        model=model,
+        objective=fields.pop("objective", None),
+        block_size=config.block_size,
+        steps=config.steps,
+        strategy=config.strategy,
+        threshold=None if scheduled else config.threshold,
+        floor=None if scheduled else config.floor,
+        temperature=config.temperature,
+        seed=config.seed,
+        num_problems=len(problems),
+        samples=max((len(group) for group in problems.values()), default=0),
+        **_verdicts(problems),
+        tokps=tokps(config.block_size, config.steps) if scheduled else None,
+        tpf=totals.tpf,
+        tpf_all=totals.tpf_all,
+        tps=totals.tokens / seconds if seconds > 0 else None,
+        nfe=totals.nfe,
+        nfe_prefill=totals.prefill / count,
+        nfe_denoise=totals.denoise / count,
+        nfe_commit=totals.commit / count,
+        mean_length=totals.tokens / count,
+        truncated=truncated / count,
+        wall_seconds=seconds,
+        **fields,
+    )
+
+
+def _verdicts(problems: dict[str, list[tuple[bool | None, str | None]]]) -> dict:
+    """Accuracy and its relatives, over the problems that could be verified."""
+    judged = [group for group in problems.values() if all(correct is not None for correct, _ in group)]
+    if not judged:
+        return {"num_verified": 0, "accuracy": None, "ci95": None, "pass_at": {}, "majority": None}
+    right = [sum(correct for correct, _ in group) for group in judged]
+    means = [r / len(group) for r, group in zip(right, judged, strict=True)]
+    several = max(map(len, judged)) > 1
+    ks = [2**i for i in range(min(map(len, judged)).bit_length())] if several else []
+
+    def mean(values) -> float:
+        return sum(values) / len(judged)
+
+    return {
+        "num_verified": len(judged),
+        "accuracy": mean(means),
+        "ci95": bootstrap(means) if several else wilson(sum(right), len(right)),
+        "pass_at": {str(k): mean(pass_at_k(len(g), r, k) for r, g in zip(right, judged, strict=True)) for k in ks},
+        "majority": mean(majority([a for _, a in g], [c for c, _ in g]) for g in judged) if several else None,
+    }
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def setting(row: dict) -> str:
+    """A row's decode setting in a few words: `2 steps`, `dynamic 0.9`."""
+    if row.get("threshold") is None:
+        text = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
+        return text if row["strategy"] == "low_confidence_static" else f"{row['strategy']} {text}"
+    name = row["strategy"].removeprefix("low_confidence_")
+    return f"{name} {row['threshold']:g}" + (f", {row['steps']} steps" if row["floor"] == "schedule" else "")
+
+
+# title, justification, text of a row; both the terminal and the Markdown table are made of these
+COLUMNS = (
+    ("model", "left", lambda r: r["model"]),
+    ("objective", "left", lambda r: r["objective"] or "–"),
+    ("setting", "left", setting),
+    ("T", "right", lambda r: f"{r['temperature']:g}"),
+    ("n", "right", lambda r: str(r["num_problems"])),
+    ("accuracy %", "right", lambda r: percent(r["accuracy"])),
+    ("95%", "left", lambda r: f"{percent(r['ci95'][0])}–{percent(r['ci95'][1])}" if r["ci95"] else "–"),
+    ("TokPS", "right", lambda r: "–" if r["tokps"] is None else f"{r['tokps']:g}"),
+    ("TPF", "right", lambda r: f"{r['tpf']:.2f}"),
+    ("TPF all", "right", lambda r: f"{r['tpf_all']:.2f}"),
+    ("TPS", "right", lambda r: "–" if r["tps"] is None else f"{r['tps']:.0f}"),
+    ("NFE", "right", lambda r: f"{r['nfe']:.1f}"),
+    ("length", "right", lambda r: f"{r['mean_length']:.1f}"),
+    ("cut %", "right", lambda r: percent(r["truncated"])),
+)
+
+
+def table(rows: Iterable[EvalRow], title: str | None = None) -> Table:
+    """The rows for the terminal: `rich.print(table(rows))`."""
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for name, justify, _ in COLUMNS:
+        grid.add_column(name, justify=justify, no_wrap=name in ("model", "accuracy %", "95%"))
+    previous = None
+    for row in (r.to_dict() for r in rows):
+        if previous not in (None, row["model"]):
+            grid.add_section()
+        previous = row["model"]
+        grid.add_row(*(text(row) for _, _, text in COLUMNS))
+    return grid

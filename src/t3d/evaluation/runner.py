@@ -1,0 +1,183 @@
+"""A model at many decode settings on the same problems: decode, verify, keep every answer, and give one row each."""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from t3d.decoding.config import DecodingConfig
+from t3d.decoding.sampling import derive_seed
+from t3d.decoding.strategies import STRATEGIES
+from t3d.engine import Engine, FinishedEvent
+from t3d.errors import T3DError
+from t3d.evaluation.rows import SECONDS, EvalRow, summarise
+from t3d.tasks import Problem, Task
+from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+
+def evaluate(
+    model,
+    tokenizer,
+    task: Task,
+    problems: list[Problem],
+    settings: list[DecodingConfig],
+    *,
+    engine: Engine | None = None,
+    output: Path | str | None = None,
+    name: str = "model",
+    objective: str | None = None,
+    versions: dict | None = None,
+    progress: bool = False,
+) -> list[EvalRow]:
+    """Decode `problems` at each of `settings` (`n` responses per problem each) and verify the answers.
+
+    Every response goes, with its verdict, to OUTPUT/name/SETTING/*.parquet as it ends. Responses already there are not
+    decoded again, so a killed evaluation continues and a finished one only gives its rows; `wall_seconds` adds up
+    the decoding of all attempts. A response depends on its problem, its setting and the weights alone.
+
+    Args:
+        engine: made with its defaults if not given.
+        output: folder for the responses; without one they are not kept.
+        name: of the model, in the rows and in the folders. objective: how it was trained, for the rows.
+        versions: kept in the files' metadata.
+
+    Raises:
+        T3DError: no problems, two with one id, no tokenizer, or an output folder of another model, task or setting.
+    """
+    if not problems:
+        raise T3DError("nothing to evaluate: the list of problems is empty")
+    if tokenizer is None:
+        raise T3DError("evaluation needs the model's tokenizer: its folder has none")
+    repeated = len(problems) - len({p.id for p in problems})
+    if repeated:
+        raise T3DError(f"{repeated} problems have the id of another; ids must differ, results are kept by them")
+    engine = engine or Engine(model, tokenizer)
+    prompts = {p.id: task.prompt(p, tokenizer) for p in problems}
+    metadata = {
+        "kind": "evaluation",
+        "model": name,
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "task": task.config.name,
+        "versions": {**(versions or {}), "hardware": hardware(model), "batch_size": engine.max_batch_size},
+    }
+    rows = []
+    with ExitStack() as stack:
+        root = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+        for config in settings:
+            config = resolve(config, model)
+            folder = root / name / setting_name(config)
+            _decode(engine, task, problems, prompts, config, folder, metadata, bar)
+            dataset = TrajectoryDataset(folder)
+            keys = dataset.keys()
+            wanted = [key in prompts and sample < config.n for key, sample in keys]
+            made_with = dataset.metadata["versions"]
+            rows.append(
+                summarise(
+                    _checked(dataset.select(wanted), prompts, folder),
+                    config,
+                    name,
+                    objective=objective,
+                    hardware=made_with["hardware"],
+                    batch_size=made_with["batch_size"],
+                    results=str(folder.relative_to(root)) if output is not None else "",
+                )
+            )
+    return rows
+
+
+def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> None:
+    """Decode and verify what `folder` does not hold yet."""
+    settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
+    with TrajectoryWriter(folder, metadata | {"decoding": settings}) as writer:
+        done = writer.done()
+        todo = [(p, sample) for p in problems for sample in range(config.n) if (p.id, sample) not in done]
+        title = f"{metadata['model']}, {folder.name}"
+        line = bar.add_task(title, total=len(problems) * config.n, completed=len(problems) * config.n - len(todo))
+        events = engine.stream(
+            [prompts[p.id] for p, _ in todo],
+            replace(config, n=1),
+            seeds=[derive_seed(config.seed, _number(p.id), sample) for p, sample in todo],
+        )
+        # Time is kept with the responses that it gave: what a kill loses, it loses together with its time.
+        seconds, start = 0.0, time.perf_counter()
+        for event in events:
+            if isinstance(event, FinishedEvent):
+                seconds += time.perf_counter() - start
+                problem, sample = todo[event.index]
+                t = event.trajectory
+                writer.write(
+                    replace(
+                        t,
+                        prompt_id=problem.id,
+                        sample=sample,
+                        question=problem.question,
+                        answer=problem.answer,
+                        correct=task.verify(t.text, problem),
+                        extra={SECONDS: seconds},
+                    )
+                )
+                bar.advance(line)
+                seconds, start = 0.0, time.perf_counter()
+
+
+def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: Path) -> Iterator[Trajectory]:
+    for trajectory in dataset:
+        if trajectory.prompt_ids != prompts[trajectory.prompt_id]:
+            raise T3DError(
+                f"{folder} answers another prompt for problem {trajectory.prompt_id!r} than the task gives now; "
+                "use another folder, or remove it to start again"
+            )
+        yield trajectory
+
+
+def resolve(config: DecodingConfig, model) -> DecodingConfig:
+    """`config` with block size and steps filled in, and without what its strategy does not look at."""
+    block = config.block_size or model.config.block_size
+    steps = config.steps or block
+    if steps > block:
+        raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
+    if STRATEGIES[config.strategy].scheduled:
+        config = replace(config, threshold=DecodingConfig.threshold, floor=DecodingConfig.floor)
+    elif config.floor != "schedule":
+        steps = block
+    return replace(config, block_size=block, steps=steps)
+
+
+def setting_name(config: DecodingConfig) -> str:
+    """Folder of a resolved setting: what distinguishes the points of a grid."""
+    parts = [f"block{config.block_size}", config.strategy]
+    if STRATEGIES[config.strategy].scheduled:
+        parts.append(f"steps{config.steps}")
+    else:
+        parts.append(f"threshold{config.threshold:g}")
+        if config.floor == "schedule":
+            parts.append(f"floor{config.steps}")
+    if config.temperature > 0:
+        parts.append(f"temperature{config.temperature:g}")
+    parts.append(f"seed{config.seed}")
+    return "-".join(parts)
+
+
+def hardware(model) -> str:
+    """The device that decodes: a GPU's name, or the processor's architecture and threads in use."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _number(problem_id: str) -> int:
+    """An integer that stands for the id in a seed, whatever else is evaluated beside it."""
+    return int.from_bytes(sha256(problem_id.encode()).digest()[:8], "big")

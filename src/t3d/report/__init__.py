@@ -1,0 +1,3 @@
+from t3d.report.config import ReportConfig
+
+__all__ = ["ReportConfig"]

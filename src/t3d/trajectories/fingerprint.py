@@ -1,0 +1,25 @@
+"""Short hashes that tell one model or tokenizer from another, so that what they made is not taken for each other's."""
+
+import hashlib
+import json
+
+SAMPLES = 256  # values of each weight that are looked at
+
+
+def model_fingerprint(model) -> str:
+    """Hash of the architecture and of `SAMPLES` values, evenly spaced, of every weight: training changes it."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        values = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer) -> str | None:
+    """Hash of the vocabulary and the chat template; None for None."""
+    if tokenizer is None:
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps([vocabulary, template]).encode()).hexdigest()[:16]

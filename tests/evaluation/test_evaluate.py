@@ -1,0 +1,264 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rich
+from conftest import make_model
+from trajectory_examples import make_trajectory
+
+from t3d import DecodingConfig, Engine, T3DError
+from t3d.evaluation import EvalConfig, evaluate, read_summary, summarise, table, write_summary
+from t3d.tasks import Problem, TaskConfig, get_task
+from t3d.tasks.word_problems import build_tokenizer
+from t3d.trajectories import NFE, TrajectoryDataset, read_trajectories
+
+STATIC = [DecodingConfig(steps=steps, max_tokens=12) for steps in (4, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = build_tokenizer()
+    task = get_task(TaskConfig(name="word_problems"))
+    model = make_model(vocab_size=len(tokenizer) + 1, eos_token_id=tokenizer.eos_token_id)
+    return model, tokenizer, task, task.problems("test", 12)
+
+
+def facts(row):
+    """All of a row that must not depend on how often it was interrupted."""
+    values = row.to_dict()
+    for name in ("wall_seconds", "tps", "results"):
+        values.pop(name)
+    return values
+
+
+def test_rows_are_what_the_engine_and_the_task_give(parts, tmp_path):
+    model, tokenizer, task, problems = parts
+    rows = evaluate(model, tokenizer, task, problems, STATIC, output=tmp_path, name="teacher")
+    assert [row.steps for row in rows] == [4, 2, 1]
+    for row, config in zip(rows, STATIC, strict=True):
+        plain = Engine(model, tokenizer).generate([task.prompt(p, tokenizer) for p in problems], config)
+        stored = {t.prompt_id: t for t in read_trajectories(tmp_path / row.results)}
+        assert [stored[p.id].response_ids for p in problems] == [t.response_ids for t in plain]
+        assert [stored[p.id].correct for p in problems] == [
+            task.verify(t.text, p) for t, p in zip(plain, problems, strict=True)
+        ]
+        assert row.num_problems == row.num_verified == 12
+        assert row.accuracy == sum(t.correct for t in stored.values()) / 12
+        assert row.tokps == 4 / row.steps
+        assert row.tpf == sum(t.length for t in plain) / sum(t.nfe.denoise for t in plain)
+        assert row.tpf_all == sum(t.length for t in plain) / sum(t.nfe.total for t in plain)
+        assert row.mean_length == sum(t.length for t in plain) / 12
+        assert row.truncated == sum(t.finish_reason == "length" for t in plain) / 12
+        assert row.tps == pytest.approx(sum(t.length for t in plain) / row.wall_seconds)
+        assert row.wall_seconds > 0
+        assert "threads" in row.hardware
+        assert row.batch_size == 64
+
+
+def test_what_is_stored_is_not_decoded_again(parts, tmp_path, monkeypatch):
+    model, tokenizer, task, problems = parts
+    engine, asked = Engine(model, tokenizer, max_batch_size=3), []
+    stream = engine.stream
+
+    def counting(prompts, *args, **kwargs):
+        asked.append(len(prompts))
+        return stream(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "stream", counting)
+    config = [DecodingConfig(steps=2, max_tokens=12, temperature=1.0, seed=5)]
+    whole = evaluate(model, tokenizer, task, problems, config, output=tmp_path / "whole", engine=engine)
+    first = evaluate(model, tokenizer, task, problems[4:9], config, output=tmp_path / "parts", engine=engine)
+    more = evaluate(model, tokenizer, task, problems, config, output=tmp_path / "parts", engine=engine)
+    again = evaluate(model, tokenizer, task, problems, config, output=tmp_path / "parts", engine=engine)
+    fewer = evaluate(model, tokenizer, task, problems[4:9], config, output=tmp_path / "parts", engine=engine)
+    assert asked == [12, 5, 7, 0, 0]
+    assert facts(more[0]) == facts(whole[0]) == facts(again[0])  # sampled, and yet the same
+    assert again == more
+    assert facts(fewer[0]) == facts(first[0])
+    assert fewer[0].wall_seconds == first[0].wall_seconds
+
+
+def test_several_samples_extend_what_is_there(parts, tmp_path):
+    model, tokenizer, task, problems = parts
+    config = DecodingConfig(steps=1, max_tokens=8, temperature=1.0)
+    evaluate(model, tokenizer, task, problems[:3], [config], output=tmp_path)
+    row = evaluate(model, tokenizer, task, problems[:3], [replace(config, n=4)], output=tmp_path)[0]
+    stored = list(read_trajectories(tmp_path / row.results))
+    assert [(t.prompt_id, t.sample) for t in stored] == [(p.id, s) for p in problems[:3] for s in range(4)]
+    assert len({tuple(t.response_ids) for t in stored}) > 3
+    assert row.samples == 4
+    assert row.num_problems == 3
+    assert set(row.pass_at) == {"1", "2", "4"}
+    assert row.pass_at["1"] == pytest.approx(row.accuracy)
+
+
+def test_killed_and_continued_gives_the_same(parts, tmp_path):
+    """The process dies when the verifier sees its sixth answer."""
+    script = (
+        "import os, sys; sys.path[:0] = sys.argv[2].split(',')\n"
+        "from conftest import make_model\n"
+        "from t3d import DecodingConfig, Engine\n"
+        "from t3d.evaluation import evaluate\n"
+        "from t3d.tasks import TaskConfig, get_task\n"
+        "from t3d.tasks.word_problems import build_tokenizer\n"
+        "import t3d.evaluation.runner as runner\n"
+        "class Writer(runner.TrajectoryWriter):\n"
+        "    def __init__(self, *args): super().__init__(*args, shard_size=2)\n"
+        "runner.TrajectoryWriter = Writer\n"
+        "tokenizer, task = build_tokenizer(), get_task(TaskConfig(name='word_problems'))\n"
+        "model = make_model(vocab_size=len(tokenizer) + 1, eos_token_id=tokenizer.eos_token_id)\n"
+        "verify, seen = task.verify, []\n"
+        "def dying(*args):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 6: os.kill(os.getpid(), 9)\n"
+        "    return verify(*args)\n"
+        "task.verify = dying\n"
+        "evaluate(model, tokenizer, task, task.problems('test', 12), [DecodingConfig(steps=2, max_tokens=12)],\n"
+        "         output=sys.argv[1], engine=Engine(model, tokenizer, max_batch_size=2))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    model, tokenizer, task, problems = parts
+    folder = tmp_path / "killed" / "model" / "block4-low_confidence_static-steps2-seed0"
+    assert len(TrajectoryDataset(folder)) == 4
+    engine = Engine(model, tokenizer, max_batch_size=2)
+    rows = [
+        evaluate(model, tokenizer, task, problems, STATIC[1:2], output=tmp_path / name, engine=engine)[0]
+        for name in ("killed", "whole")
+    ]
+    assert facts(rows[0]) == facts(rows[1])
+    whole = read_trajectories(tmp_path / "whole" / rows[1].results)
+    for a, b in zip(read_trajectories(folder), whole, strict=True):
+        assert replace(a, extra={}, confidence=[]) == replace(b, extra={}, confidence=[])
+        assert a.confidence == pytest.approx(b.confidence, abs=1e-5)  # the last bits depend on the batch
+
+
+def test_results_of_another_model_task_or_prompt_are_refused(parts, tmp_path):
+    model, tokenizer, task, problems = parts
+    evaluate(model, tokenizer, task, problems[:2], STATIC[:1], output=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    other = make_model(vocab_size=len(tokenizer) + 1, seed=1, eos_token_id=tokenizer.eos_token_id)
+    with pytest.raises(T3DError, match="model_fingerprint"):
+        evaluate(other, tokenizer, task, problems[:2], STATIC[:1], output=tmp_path)
+    asked = get_task(TaskConfig(name="word_problems", template="Well: {question}"))
+    with pytest.raises(T3DError, match="another prompt for problem"):
+        evaluate(model, tokenizer, asked, problems[:2], STATIC[:1], output=tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+
+
+def test_bad_input_is_one_line(parts):
+    model, tokenizer, task, problems = parts
+    with pytest.raises(T3DError, match="nothing to evaluate"):
+        evaluate(model, tokenizer, task, [], STATIC)
+    with pytest.raises(T3DError, match="1 problems have the id of another"):
+        evaluate(model, tokenizer, task, [problems[0], Problem(problems[0].id, "q", "1")], STATIC)
+    with pytest.raises(T3DError, match="needs the model's tokenizer"):
+        evaluate(model, None, task, problems, STATIC)
+    with pytest.raises(T3DError, match="steps = 9 is more than block_size = 4"):
+        evaluate(model, tokenizer, task, problems, [DecodingConfig(steps=9)])
+
+
+def test_without_output_nothing_is_kept(parts, tmp_path, monkeypatch):
+    model, tokenizer, task, problems = parts
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    row = evaluate(model, tokenizer, task, problems[:2], STATIC[:1])[0]
+    assert row.num_problems == 2
+    assert row.results == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_grid_of_settings():
+    assert [c.steps for c in EvalConfig().settings(3)] == [4, 2, 1]
+    assert {c.seed for c in EvalConfig().settings(3)} == {3}
+    both = ["low_confidence_static", "low_confidence_dynamic"]
+    config = EvalConfig(steps=[2, 1], strategy=both, threshold=[0.8, 0.9], seeds=[1, 2], samples=3)
+    grid = config.settings(0)
+    assert len(grid) == len(set(grid)) == 2 * (2 + 2)  # a threshold means nothing to the static, steps to the dynamic
+    assert {c.n for c in grid} == {3}
+    assert len(EvalConfig(strategy=both[1:], steps=[2, 1], threshold=[0.8, 0.9], floor="schedule").settings(0)) == 4
+    assert len(EvalConfig(steps=[2, 2]).settings(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": ["low_confidence_statik"]}, "did you mean 'low_confidence_static'"),
+        ({"steps": []}, "steps is an empty list"),
+        ({"steps": [0]}, "steps must be at least 1"),
+        ({"threshold": [1.5], "strategy": ["low_confidence_dynamic"]}, "threshold must lie in 0..1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"split": "tset"}, "split is test, dev or train"),
+    ],
+)
+def test_bad_grid(change, message):
+    with pytest.raises(T3DError, match=message):
+        EvalConfig(**change)
+
+
+def some_rows():
+    def trajectories(correct, n=4):
+        return [
+            make_trajectory(f"{i}", blocks=3, length=9, nfe=NFE(1, 6, 2), correct=i < correct, finish_reason="stop")
+            for i in range(n)
+        ]
+
+    static = DecodingConfig(block_size=4, steps=2)
+    dynamic = DecodingConfig(block_size=4, steps=4, strategy="low_confidence_dynamic", threshold=0.8)
+    return [
+        summarise(trajectories(4), static, "teacher"),
+        summarise(trajectories(3), static, "student", objective="t3d"),
+        summarise(trajectories(2), dynamic, "student", objective="t3d"),
+        summarise([replace(t, correct=None) for t in trajectories(2)], static, "student", objective="t3d"),
+    ]
+
+
+def test_rows_by_hand():
+    teacher, student, dynamic, unverified = some_rows()
+    assert (teacher.accuracy, student.accuracy) == (1.0, 0.75)
+    assert student.ci95 == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    assert (student.tpf, student.tpf_all, student.nfe, student.nfe_commit) == (1.5, 1.0, 9.0, 2.0)
+    assert (student.threshold, student.tokps, student.tps) == (None, 2.0, None)
+    assert (dynamic.threshold, dynamic.tokps) == (0.8, None)
+    assert (unverified.accuracy, unverified.ci95, unverified.num_verified) == (None, None, 0)
+
+
+def test_summary_has_the_schema_and_is_read_back(tmp_path):
+    rows = some_rows()
+    path = tmp_path / "run" / "summary.json"
+    written = write_summary(
+        path, task="word_problems", seed=3, versions={"t3d": "0"}, wall_seconds={"eval": 2.5}, rows=rows
+    )
+    assert json.loads(path.read_text()) == json.loads(json.dumps(written)) == read_summary(path)
+    assert written["wall_seconds"] == {"rollout": 0.0, "train": 0.0, "eval": 2.5, "total": 0.0}
+    assert written["num_problems"] == 4
+    keys = "model objective block_size steps strategy temperature accuracy ci95 tokps tpf tps nfe mean_length truncated"
+    assert all(set(keys.split()) <= row.keys() for row in written["rows"])
+    assert written["aup"] == pytest.approx({"teacher": 150.0, "student": 112.5, "student, dynamic": 75.0})
+    assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}'])
+def test_a_foreign_summary_is_named(tmp_path, content):
+    path = tmp_path / "summary.json"
+    path.write_text(content)
+    with pytest.raises(T3DError, match=r"summary.json is not"):
+        read_summary(path)
+    with pytest.raises(T3DError, match="run `t3d eval` first"):
+        read_summary(tmp_path / "missing.json")
+
+
+def test_table_shows_every_row():
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console.print(table(some_rows(), "results"))
+    text = console.export_text()
+    assert "dynamic 0.8" in text
+    assert "75.0" in text
+    assert "30.1–95.4" in text
+    assert text.count("student") == 3
