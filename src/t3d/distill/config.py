@@ -39,9 +39,7 @@ class T3DConfig(TrainingArguments):
     # TrainingArguments' own, with other defaults
     learning_rate: float = _help("peak learning rate", 1e-5)
     lr_scheduler_type: str = _help("learning-rate schedule", "cosine_with_min_lr")
-    lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "arguments of the schedule"}
-    )
+    lr_scheduler_kwargs: dict | str | None = _help("arguments of the schedule; default for a cosine: to 10%", None)
     optim: str = _help(
         "optimizer: any of transformers', or 'muon' (matrices by Muon, the rest by AdamW)", "adamw_torch"
     )
@@ -79,6 +77,8 @@ class T3DConfig(TrainingArguments):
         )
         check(self.round_interval >= 0, f"round_interval must not be negative, got {self.round_interval}")
         check(self.reference_temperature >= 0, "reference_temperature must not be negative")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         self.use_muon = self.optim == "muon"
         if self.use_muon:
             self.optim = "adamw_torch"  # what transformers checks; T3DTrainer.create_optimizer builds Muon

@@ -28,7 +28,7 @@ __all__ = [
 def load_model(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | None = None):
     """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`.
 
-    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda where there is one.
+    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
     name = str(name)

@@ -10,14 +10,13 @@ from t3d.distill.logprobs import choose_tokens, token_logprobs
 from t3d.distill.objectives.base import Forward, Objective, segment_mean, segment_sum
 
 
-class T3D(Objective):
-    """`L = L_DDO + lambda * L_path`, from one student and one reference forward on the same states.
+class DDO(Objective):
+    """DDO alone, from one student and one reference forward on the same states.
 
     Real tokens are the trajectory's, fake ones the reference's own choice at the same positions; `lp` is the mean (or
     sum) of log p over the masked positions of a sequence (or block):
 
-        L_DDO  = -logsigmoid(beta * (lp_s(real) - lp_r(real))) - alpha * logsigmoid(-beta * (lp_s(fake) - lp_r(fake)))
-        L_path = mean over levels l = 1..ceil(B/k) of the mean cross-entropy over tokens with commit rank < l * k
+        L_DDO = -logsigmoid(beta * (lp_s(real) - lp_r(real))) - alpha * logsigmoid(-beta * (lp_s(fake) - lp_r(fake)))
     """
 
     needs_reference = True
@@ -31,11 +30,22 @@ class T3D(Objective):
         tokens, reference_logp = reference(reference_head)
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, tokens, mask_id))  # (m, 2)
         ddo, metrics = ddo_loss(logp, reference_logp, batch, config)
-        path = path_loss(logp[:, 0], batch, config.path_k)
-        metrics["loss/ddo"] = ddo.detach()
-        metrics["loss/path"] = path.detach()
         metrics["fake_differs"] = (tokens[:, 0] != tokens[:, 1]).float().mean()
-        return ddo + config.path_lambda * path, metrics
+        return self.combine(ddo, logp[:, 0], batch, config, metrics)
+
+    def combine(self, ddo: Tensor, real: Tensor, batch: TrainingBatch, config: T3DConfig, metrics: dict):
+        return ddo, metrics | {"loss/ddo": ddo.detach()}
+
+
+class T3D(DDO):
+    """`L = L_DDO + lambda * L_path`, with
+
+    L_path = mean over levels l = 1..ceil(B/k) of the mean cross-entropy over tokens with commit rank < l * k
+    """
+
+    def combine(self, ddo: Tensor, real: Tensor, batch: TrainingBatch, config: T3DConfig, metrics: dict):
+        path = path_loss(real, batch, config.path_k)
+        return ddo + config.path_lambda * path, metrics | {"loss/ddo": ddo.detach(), "loss/path": path.detach()}
 
 
 def ddo_loss(logp: Tensor, reference_logp: Tensor, batch: TrainingBatch, config: T3DConfig):
