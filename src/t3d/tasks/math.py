@@ -26,6 +26,11 @@ _RATIO = re.compile(r"([-+]?\d{1,60})/(\d{1,60})")
 _REPEATING = re.compile(r"(-?)(\d{0,30})\.(\d{0,30})\\overline\{?(\d{1,30})\}?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
 _MULTIPLES = r"dozen|hundred|thousand|million|billion|trillion|percent|k\b|m\b"
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}(?:\^\{?\d\}?)?\s*$|(?<=\d)\s+([a-z ]+)$", re.IGNORECASE)
+_SAME_UNIT = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre;
+in inch inche; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; oz ounce; lb pound;
+s sec second; min minute; h hr hour; day; week; month; year; cent; dollar usd; euro; degree; radian; percent"""
+_UNIT_OF = {word: group.split()[0] for group in _SAME_UNIT.split(";") for word in group.split()}
 _UNITS = re.compile(rf"(.*\d)\s+(?!{_MULTIPLES})[a-z][a-z ]*\.?", re.IGNORECASE)
 
 
@@ -82,7 +87,10 @@ def verify_math(response: str, reference: str, boxed_only: bool = False) -> bool
 
 def equal(answer: str, gold: str) -> bool:
     """Whether two answers (LaTeX or plain text) are equal: as strings, as numbers, or by `math-verify`."""
+    units = {_unit(answer), _unit(gold)} - {None}
     answer, gold = _normal(answer), _normal(gold)
+    if len(units) == 2:  # math-verify ignores units: an answer may leave it out, but not give another
+        return False
     if not answer or not gold:
         return False
     if answer == gold:
@@ -96,6 +104,15 @@ def equal(answer: str, gold: str) -> bool:
     if all(bases):  # math-verify reads 101_2 as 101
         return bases[0].groups() == bases[1].groups()
     return _worker.ask(gold, answer)
+
+
+def _unit(text: str) -> str | None:
+    """The unit that ends an answer (`5\\text{ cm}^2`, `18 dollars`), in one spelling; None if there is none we know."""
+    if text.lstrip("$ ").startswith("\\$"):
+        return "dollar"
+    match = _WORDS.search(text[-100:].rstrip(". $"))
+    words = (match[1] or match[2] or "").lower().split() if match else []
+    return next((_UNIT_OF[w] for word in words for w in (word, word.removesuffix("s")) if w in _UNIT_OF), None)
 
 
 def _normal(text: str) -> str:

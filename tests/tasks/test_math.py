@@ -1,0 +1,149 @@
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t3d.tasks import extract_answer, verify_math
+from t3d.tasks import math as checker
+from t3d.tasks.math import last_boxed, reference_answer
+from t3d.tasks.records import read_records
+
+PAIRS = [record for _, record in read_records(Path(__file__).with_name("hard_pairs.jsonl"))]
+HOSTILE = [r"9^{9^{9^{9}}}", r"10^{10^{10}}!"]
+
+
+def boxed(answer: str) -> str:
+    return f"We get $\\boxed{{{answer}}}$."
+
+
+@pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in PAIRS}))
+def test_hard_pairs(kind):
+    pairs = [pair for pair in PAIRS if pair["kind"] == kind]
+    for pair in pairs:
+        assert verify_math(boxed(pair["reference"]), pair["reference"]), pair
+        found = verify_math(boxed(pair["answer"]), pair["reference"])
+        if kind == "exceptions":  # docs/tasks.md lists them; one that is mended moves to its own kind
+            assert found is not pair["equal"], pair
+        else:
+            assert found is pair["equal"], pair
+
+
+def test_real_gsm8k_references(shared_data):
+    files = (shared_data / "gsm8k" / "test.jsonl", shared_data / "gsm8k" / "train.jsonl.gz")
+    records = [record for file in files for _, record in read_records(file)]
+    assert len(records) == 1319 + 7473
+    for record in records:
+        solution, final = record["answer"], record["answer"].rsplit("####")[-1].strip()
+        assert verify_math(solution, solution)
+        assert verify_math(f"The answer is \\boxed{{{final}}}.", solution)
+        assert verify_math(f"So there are {final} of them.", solution)
+        assert verify_math(f"\\boxed{{{final.replace(',', '')}}}", final)
+        wrong = str(int(final.replace(",", "")) + 1)
+        assert not verify_math(f"\\boxed{{{wrong}}}", solution)
+        assert not verify_math(f"First {final}, so {wrong}", solution)
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(1, 1000))
+def test_whole_numbers(n, more):
+    assert verify_math(boxed(str(n)), str(n))
+    assert verify_math(boxed(f"{n:,}"), str(n))
+    assert verify_math(boxed(f"{n}.0"), f"{n:,}")
+    assert not verify_math(boxed(str(n + more)), str(n))
+
+
+@given(st.text(alphabet="\\boxed{} 0123456789^_$,./a\n", max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_answered_with_a_bool(text):
+    assert verify_math(text, "12") in (True, False)
+    content = last_boxed(text)
+    assert content is None or content in text
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3", r"\frac{1}{2}"),
+        (r"\boxed{\text{a } \{x\}}", r"\text{a } \{x\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"was 12, now \boxed{1", None),  # cut off: 12 was not the answer
+        ("6 * 7 = 42\n#### 42", "42"),
+        ("that is $1,234.50 in 2 days", "2"),
+        ("so it is -3.", "-3"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_where_the_answer_is(response, answer):
+    assert extract_answer(response) == answer
+
+
+def test_boxed_only():
+    assert extract_answer("so 12", boxed_only=True) is None
+    assert verify_math("so 12", "12")
+    assert not verify_math("so 12", "12", boxed_only=True)
+    assert not verify_math(r"\boxed{}", "12")
+
+
+def test_reference_may_be_a_whole_solution():
+    assert reference_answer("2+2=4\n#### 1,004") == "1,004"
+    assert reference_answer(r"Thus \boxed{\frac12}.") == r"\frac12"
+    assert verify_math(boxed("0.5"), r"Thus \boxed{\frac12}.")
+
+
+def test_hostile_answers_end_in_time(monkeypatch):
+    monkeypatch.setattr(checker, "SECONDS", 0.5)
+    for text in HOSTILE:
+        start = time.perf_counter()
+        assert not verify_math(boxed(text), "5")
+        assert time.perf_counter() - start < 20
+    assert verify_math(boxed(r"\frac{1}{2}x"), r"\frac{x}{2}")  # and the next pair is not harmed
+
+
+def test_huge_responses():
+    start = time.perf_counter()
+    assert verify_math("12 " * 1_000_000 + boxed("7"), "7")
+    assert not verify_math("\\boxed{" * 300_000, "7")
+    assert not verify_math("{" * 1_000_000, "7")
+    assert not verify_math(boxed("(" * 100_000), "7")
+    assert not verify_math(boxed("1" * 100_000), "7")
+    assert not verify_math(boxed("1 " * 100_000 + "a"), "7")
+    assert verify_math(boxed("1" * 5_000), "1" * 5_000)
+    assert time.perf_counter() - start < 20
+
+
+def test_many_threads():
+    pairs = [(f"{i}x+{i}", f"{i}(x+{1 + i % 2})") for i in range(1, 9)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: verify_math(boxed(pair[0]), pair[1]), pairs))
+    assert found == [i % 2 == 0 for i in range(1, 9)]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(verify_math(boxed("x+y"), "y+x")))
+    thread.start()
+    thread.join()
+    assert results == [True]  # math-verify's own time limit works in the main thread only
+
+
+def test_forked_children_have_their_own_helper():
+    import multiprocessing
+
+    assert verify_math(boxed("a+b"), "b+a")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap(verify_math, [(boxed(f"a+{i}"), f"{i}+a") for i in range(2, 8)]) == [True] * 6
+    assert verify_math(boxed("a+b"), "b+a")
+
+
+def test_exceptions_are_documented():
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for pair in PAIRS:
+        if pair["kind"] == "exceptions":
+            row = f"| `{pair['reference']}` | `{pair['answer']}` |"
+            assert row in page, row
+    assert not re.search(r"\bTODO\b", page)
