@@ -10,7 +10,7 @@ from t3d.decoding.strategies import STRATEGIES
 from t3d.evaluation.metrics import Speed, bootstrap, majority, pass_at_k, tokps, wilson
 from t3d.trajectories.record import Trajectory
 
-SECONDS, EXTRACTED = "decode_seconds", "extracted"  # keys of Trajectory.extra
+SECONDS, EXTRACTED, REASON = "decode_seconds", "extracted", "reason"  # keys of Trajectory.extra
 
 
 @dataclass(frozen=True)

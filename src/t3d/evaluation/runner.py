@@ -4,7 +4,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -19,10 +19,13 @@ from t3d.decoding.sampling import derive_seed
 from t3d.decoding.strategies import STRATEGIES
 from t3d.engine import Engine, FinishedEvent
 from t3d.errors import T3DError
-from t3d.evaluation.rows import SECONDS, EvalRow, summarise
+from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
 from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
+from t3d.trajectories.pieces import PIECES, Pieces
+
+JUDGED_TOGETHER = 64  # responses; what a kill loses at most beside those in flight
 
 
 def evaluate(
@@ -68,7 +71,7 @@ def evaluate(
         "model": name,
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "task": task.config.name,
+        "task": task.name,
         "versions": {**(versions or {}), "hardware": hardware(model), "batch_size": engine.max_batch_size},
     }
     rows = []
@@ -110,13 +113,13 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
             replace(config, n=1),
             seeds=[derive_seed(config.seed, _number(p.id), sample) for p, sample in todo],
         )
-        # Time is kept with the responses that it gave: what a kill loses, it loses together with its time.
-        seconds, start = 0.0, time.perf_counter()
-        for event in events:
-            if isinstance(event, FinishedEvent):
-                seconds += time.perf_counter() - start
-                problem, sample = todo[event.index]
+        pieces = Pieces(engine.tokenizer)
+        for batch in _timed(events):
+            asked = [todo[event.index] for event, _ in batch]
+            verdicts = task.judge_all([event.trajectory.text for event, _ in batch], [p for p, _ in asked])
+            for (event, seconds), (problem, sample), verdict in zip(batch, asked, verdicts, strict=True):
                 t = event.trajectory
+                extra = {SECONDS: seconds, EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t)}
                 writer.write(
                     replace(
                         t,
@@ -124,12 +127,29 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
                         sample=sample,
                         question=problem.question,
                         answer=problem.answer,
-                        correct=task.verify(t.text, problem),
-                        extra={SECONDS: seconds},
+                        correct=verdict.correct,
+                        extra=extra,
                     )
                 )
-                bar.advance(line)
-                seconds, start = 0.0, time.perf_counter()
+            bar.advance(line, len(batch))
+
+
+def _timed(events: Iterable) -> Iterator[list[tuple[FinishedEvent, float]]]:
+    """Finished responses, `JUDGED_TOGETHER` at a time, each with the seconds of decoding since the one before.
+
+    Kept with the responses, time is right whatever a kill takes away: it takes the time of what it takes.
+    """
+    batch, start = [], time.perf_counter()
+    for event in events:
+        if isinstance(event, FinishedEvent):
+            now = time.perf_counter()
+            batch.append((event, now - start))
+            if len(batch) == JUDGED_TOGETHER:
+                yield batch
+                batch, now = [], time.perf_counter()
+            start = now
+    if batch:
+        yield batch
 
 
 def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: Path) -> Iterator[Trajectory]:
