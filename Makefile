@@ -1,0 +1,34 @@
+# make demo   the whole method on the embedded model: .venv, install, t3d run recipes/demo.yaml
+# make test   all tests, in .venv
+# make lint   ruff, as in .ci/run
+# Needs only make and Python >= 3.10 with venv; PYTHON=/path/to/python3.12 chooses one, ARGS="seed=1" goes to t3d run.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10 python,\
+	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $(p))))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint
+demo: $(VENV)/.installed
+	$(BIN)/t3d run recipes/demo.yaml $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch alone and first: an environment that offers a CPU build of this version then gives that one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "t3d needs Python 3.10 or newer; none found (make PYTHON=/path/to/python3)" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing (the first time this takes some minutes)"
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) -e '.[test]'
+	@touch $@

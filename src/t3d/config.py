@@ -1,0 +1,325 @@
+"""The recipe: one YAML file of typed sections, plus `section.key=value` overrides from the command line.
+
+A section is a dataclass that the module using it defines; this file composes them, checks every key and type, and
+knows nothing of what the values mean.
+"""
+
+import dataclasses
+import json
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from t3d.decoding import DecodingConfig
+from t3d.distill import T3DConfig
+from t3d.errors import T3DError, nearest
+from t3d.evaluation import EvalConfig
+from t3d.report.config import ReportConfig
+from t3d.tasks import TaskConfig
+
+
+def _help(text: str, **kwargs):
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The teacher, which is also where the student starts."""
+
+    path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
+    dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
+    device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
+    architecture: dict[str, Any] | None = _help(  # noqa: RUF009
+        "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
+        "that of `path`, or the embedded task's",
+        default=None,
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine does at once; see `t3d.Engine`. The answers do not depend on it."""
+
+    max_batch_size: int = _help("sequences decoded at once", default=64)
+    kv_cache_tokens: int | None = _help("size of the cache in tokens; default: what is needed and fits", default=None)
+    page_size: int | None = _help("tokens to a page of the cache; default: chosen", default=None)
+    prefill_tokens: int = _help("most prompt tokens in one forward", default=1024)
+    fused: bool = _help("store a finished block in the next block's first forward, not in one of its own", default=True)
+
+    def __post_init__(self):
+        for name in ("max_batch_size", "kv_cache_tokens", "page_size", "prefill_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise T3DError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RolloutConfig(DecodingConfig):
+    """How the teacher answers the training prompts: a `DecodingConfig`."""
+
+    temperature: float = _help("0 is greedy", default=0.1)
+    seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
+    chunk: int = _help("sequences decoded and stored together: what a killed rollout loses at most", default=512)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chunk < 1:
+            raise T3DError(f"chunk must be at least 1, got {self.chunk}")
+
+    def decoding(self, seed: int) -> DecodingConfig:
+        """The decoding settings alone; `seed` is the recipe's."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(DecodingConfig)}
+        return DecodingConfig(**values | {"seed": seed if self.seed is None else self.seed})
+
+
+@dataclass
+class Recipe:
+    """A checked recipe. `train` keeps only what differs from `TrainingArguments`' defaults, and all of our own."""
+
+    seed: int = _help("seed of everything random", default=0)
+    run_dir: str | None = _help("folder of the run; default: runs/NAME for a recipe NAME.yaml", default=None)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    @property
+    def objective(self) -> str:
+        return self.train["objective"]
+
+    def to_dict(self) -> dict:
+        """Plain values, as in YAML."""
+        plain = TypeAdapter(dict, config=_PYDANTIC).dump_python(dataclasses.asdict(self), mode="json")
+        return json.loads(json.dumps(plain))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+    def training_arguments(self, output_dir: Path | str) -> T3DConfig:
+        """`T3DConfig` of the `train` section, with what the program itself decides."""
+        cpu = self.model.device == "cpu"
+        owned = {"output_dir": str(output_dir), "seed": self.seed, "use_cpu": cpu}
+        try:
+            return T3DConfig(**self.train | owned)
+        except (ValueError, ImportError, TypeError) as error:
+            raise T3DError(f"train: {' '.join(str(error).split())}") from error
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "task": TaskConfig,
+    "engine": EngineConfig,
+    "rollout": RolloutConfig,
+    "train": T3DConfig,
+    "eval": EvalConfig,
+    "report": ReportConfig,
+}
+OWNED = {  # fields of TrainingArguments that are not the recipe's to set, and what to do instead
+    "output_dir": "set run_dir; checkpoints go to RUN/train",
+    "seed": "set the recipe's own `seed`",
+    "use_cpu": "set model.device",
+    "resume_from_checkpoint": "a run continues by itself; --force starts it again",
+    "save_only_model": "a run must be able to continue",
+    "do_train": "use `t3d train`",
+    "do_eval": "use `t3d eval`",
+    "do_predict": "use `t3d eval`",
+    "eval_strategy": "use `t3d eval`",
+    "eval_on_start": "use `t3d eval`",
+    "load_best_model_at_end": "there is no evaluation while training; use `t3d eval`",
+    "remove_unused_columns": "a batch is made of trajectories, not of columns",
+}
+_PYDANTIC = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a section: what it may be and what it means."""
+
+    section: str  # "" at the top level
+    name: str
+    type: Any
+    default: Any  # plain, as in YAML
+    help: str
+    own: bool = True  # False: inherited from transformers' TrainingArguments
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    def check(self, value, source: str):
+        """`value` (as in YAML) as the key's type; raises T3DError with one line that names key, type and value."""
+        try:
+            return _adapter(self.section, self.name).validate_json(json.dumps(value), strict=True)
+        except (ValidationError, TypeError, ValueError) as error:
+            found = "null" if value is None else f"{value!r} ({type(value).__name__})"
+            raise T3DError(f"{source}: {self.dotted} must be {type_name(self.type)}, got {found}") from error
+
+
+@cache
+def _adapter(section: str, name: str) -> TypeAdapter:
+    annotation = keys(section)[name].type
+    settings = None if dataclasses.is_dataclass(annotation) else _PYDANTIC
+    return TypeAdapter(annotation, config=settings)
+
+
+@cache
+def keys(section: str = "") -> dict[str, Key]:
+    """The keys of a section by name, the method's own before those inherited from TrainingArguments."""
+    owner = SECTIONS[section] if section else Recipe
+    hints = get_type_hints(owner)
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} if section == "train" else set()
+    found = []
+    for f in dataclasses.fields(owner):
+        if not f.init or (section == "train" and f.name in OWNED) or (not section and f.name in SECTIONS):
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = TypeAdapter(Any).dump_python(None if default is dataclasses.MISSING else default, mode="json")
+        own = f.name not in inherited or f.name in T3DConfig.__annotations__
+        text = " ".join(str(f.metadata.get("help", "")).split())
+        found.append(Key(section, f.name, hints[f.name], default, text, own))
+    return {key.name: key for key in sorted(found, key=lambda key: (key.name in inherited, not key.own))}
+
+
+def type_name(annotation) -> str:
+    """A type as a user writes it: `int or null`, `list of int`."""
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) in (Union, types.UnionType):
+        names = sorted({type_name(a) for a in get_args(annotation)}, key=lambda name: name == "null")
+        return " or ".join(names)
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {type_name(get_args(annotation)[0])}" if get_args(annotation) else "list"
+    if get_origin(annotation) is dict or annotation is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, str):
+        return "str"  # an enumeration of transformers is written as its value
+    return getattr(annotation, "__name__", str(annotation).removeprefix("typing."))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in the YAML file `path` with `section.key=value` overrides, every key and type checked.
+
+    Raises:
+        T3DError: one line: a missing or malformed file, an unknown section or key, or a value of the wrong type.
+    """
+    parts = [(str(path), _read(Path(path))), *((f"override {text!r}", _override(text)) for text in overrides)]
+    sources = {}  # dotted key -> where it was last set
+    for source, part in parts:
+        sources |= dict.fromkeys(_check_names(part, source), source)
+    defaults = {name: {k.name: k.default for k in keys(name).values() if k.own} for name in SECTIONS}
+    defaults |= {key.name: key.default for key in keys().values()}
+    try:
+        merged = OmegaConf.merge(defaults, *(part for _, part in parts))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise T3DError(f"{path}: {where}{str(error).splitlines()[0]}") from error
+
+    def check(section: str, found: dict) -> dict:
+        table = keys(section)
+        return {
+            name: table[name].check(value, sources.get(table[name].dotted, str(path))) for name, value in found.items()
+        }
+
+    built = check("", {name: value for name, value in values.items() if name not in SECTIONS})
+    built["run_dir"] = built["run_dir"] or str(Path("runs") / Path(path).stem)
+    for section, owner in SECTIONS.items():
+        checked = check(section, values[section])
+        try:
+            built[section] = checked if section == "train" else owner(**checked)
+        except T3DError as error:
+            prefix = "" if str(error).startswith(f"{section}.") else f"{section}: "
+            raise T3DError(f"{path}: {prefix}{error}") from error
+    return Recipe(**built)
+
+
+def _read(path: Path) -> dict:
+    try:
+        config = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise T3DError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise T3DError(f"{path} is not a recipe: not a text file") from error
+    except yaml.YAMLError as error:
+        raise T3DError(f"{path}{_yaml_message(error)}") from error
+    except (OmegaConfBaseException, AssertionError) as error:  # it asserts that the text is a mapping or a list
+        raise T3DError(f"{path} is not a recipe: {str(error) or 'expected sections of keys'}") from error
+    if not isinstance(config, DictConfig) or not config:
+        raise T3DError(f"{path} is not a recipe: expected sections of keys ({', '.join(SECTIONS)})")
+    return _plain(config)
+
+
+def _override(text: str) -> dict:
+    name, equals, _ = text.partition("=")
+    if not equals or not name.strip():
+        raise T3DError(f"cannot understand {text!r}: write overrides as section.key=value")
+    try:
+        return _plain(OmegaConf.from_dotlist([text]))
+    except yaml.YAMLError as error:
+        raise T3DError(f"override {text!r}{_yaml_message(error, line=False)}") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise T3DError(f"override {text!r}: {str(error).splitlines()[0]}") from error
+
+
+def _plain(config: DictConfig) -> dict:
+    """As a dict, interpolations as written; a section with nothing in it (`rollout:`) is left out."""
+    values = OmegaConf.to_container(config)
+    return {name: value for name, value in values.items() if value is not None or name not in SECTIONS}
+
+
+def _yaml_message(error: yaml.YAMLError, line: bool = True) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if line and mark else ""
+    return f"{where}: not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+
+
+def _check_names(values: dict, source: str) -> Iterator[str]:
+    """The dotted keys of `values`, if every section and key is known."""
+    for name, value in values.items():
+        if name in keys():
+            yield name
+        elif name not in SECTIONS:
+            dotted = [f"{s}.{name}" for s in SECTIONS if name in keys(s)]
+            hint = f" (did you mean {dotted[0]!r}?)" if dotted else nearest(str(name), [*keys(), *SECTIONS])
+            what = "section" if isinstance(value, dict) else "key"
+            raise T3DError(f"{source}: unknown {what} {name!r}{hint}; sections are {', '.join(SECTIONS)}")
+        elif not isinstance(value, dict):
+            raise T3DError(f"{source}: {name} is a section: write its keys below it, or {name}.key=value")
+        else:
+            for key in value:
+                if name == "train" and key in OWNED:
+                    raise T3DError(f"{source}: train.{key} is not yours to set: {OWNED[key]}")
+                if key not in keys(name):
+                    hint = nearest(str(key), keys(name)).replace(" '", f" '{name}.")
+                    raise T3DError(f"{source}: unknown key '{name}.{key}'{hint}; `t3d config` lists all")
+                yield f"{name}.{key}"
+
+
+def describe(everything: bool = False) -> str:
+    """All keys as a commented recipe of the defaults; `everything`: also what `train` inherits from transformers."""
+    lines = ["# section.key=value on the command line replaces a value of the recipe."]
+    for section in ("", *SECTIONS):
+        if section:
+            about = "How to distil; `t3d config --all` adds what transformers' TrainingArguments has"
+            text = about if section == "train" else SECTIONS[section].__doc__.splitlines()[0]
+            lines += ["", f"# {text}", f"{section}:"]
+        indent = "  " if section else ""
+        for key in keys(section).values():
+            if key.own or everything:
+                comment = f"{type_name(key.type)}: {key.help}"
+                lines += textwrap.wrap(comment, 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+                value = yaml.safe_dump(key.default, default_flow_style=True, width=10**6).splitlines()[0]
+                lines.append(f"{indent}{key.name}: {value}")
+    return "\n".join(lines) + "\n"

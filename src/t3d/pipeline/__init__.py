@@ -1,0 +1,69 @@
+"""The stages in order: rollout, train, eval, report. Each continues what a kill cut short and skips what is done."""
+
+from transformers import set_seed
+
+from t3d.config import Recipe
+from t3d.errors import T3DError
+from t3d.pipeline.evaluation import check_evaluation, evaluation
+from t3d.pipeline.folder import STAGES, RunFolder
+from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.log import log, to_terminal
+from t3d.pipeline.rollout import rollout, rollout_jobs
+from t3d.pipeline.train import check_training, train
+
+__all__ = ["STAGES", "RunFolder", "run_stages", "to_terminal"]
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a recipe has; `sft` learns from ground truth and needs no rollout."""
+    return STAGES[1:] if recipe.objective == "sft" else STAGES
+
+
+def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = False) -> RunFolder:
+    """Run the `wanted` stages in the recipe's run folder; `force` does them, and those after them, again.
+
+    Raises:
+        T3DError: before anything is written, where a look at the recipe, the data, the models and the folder tells.
+    """
+    stages = stages_of(recipe)
+    wanted = tuple(stage for stage in stages if stage in wanted)
+    if not wanted:
+        raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")
+    with RunFolder(recipe.run_dir) as run:
+        first = stages.index(wanted[0])
+        for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:
+            run.check(stage, recipe)
+        for stage in stages[:first]:
+            if not run.complete(stage):
+                raise T3DError(f"{run.path} has no complete {stage}; run `t3d {stage}` with this recipe first")
+        inputs = Inputs(recipe)
+        todo = [stage for stage in wanted if force or not run.complete(stage)]
+        for stage in todo:
+            CHECKS[stage](recipe, inputs)
+        if force:
+            run.clear(stages[first:])
+        run.describe(recipe)
+        for stage in wanted:
+            if stage not in todo:
+                log.info("%s: complete, skipped", stage)
+                continue
+            set_seed(recipe.seed)
+            with run.stage(stage, recipe):
+                WORK[stage](run, recipe, inputs)
+    return run
+
+
+def report(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Write RUN/report.html."""
+    from t3d.report import write_report  # brings matplotlib
+
+    write_report([run.path], run / "report.html")
+
+
+WORK = {"rollout": rollout, "train": train, "eval": evaluation, "report": report}
+CHECKS = {  # what can be known to fail before anything is written
+    "rollout": rollout_jobs,
+    "train": check_training,
+    "eval": check_evaluation,
+    "report": lambda recipe, inputs: None,
+}

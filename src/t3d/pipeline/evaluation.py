@@ -1,0 +1,65 @@
+"""Stage 3: teacher and student answer the same held-out problems at every decode setting."""
+
+import sys
+from collections.abc import Iterator
+
+from t3d.config import Recipe
+from t3d.engine import Engine
+from t3d.evaluation import evaluate, write_summary
+from t3d.models import load_model
+from t3d.pipeline.folder import RunFolder
+from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.log import log
+from t3d.pipeline.versions import versions
+
+
+def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Answers go to RUN/eval, where those of an earlier attempt are kept, a row for each setting to summary.json."""
+    rows = []
+    for name, objective, model, tokenizer in _models(run, recipe, inputs):
+        found = evaluate(
+            model,
+            tokenizer,
+            inputs.eval_task,
+            inputs.eval_problems,
+            recipe.eval.settings(recipe.seed),
+            engine=Engine(model, tokenizer, **vars(recipe.engine)),
+            output=run / "eval",
+            name=name,
+            objective=objective,
+            versions=versions(),
+            progress=sys.stderr.isatty(),
+        )
+        for row in found:
+            accuracy = "not verified" if row.accuracy is None else f"{row.accuracy:.1%} correct"
+            log.info("eval: %s, %d steps: %s, %.2f tokens per forward", name, row.steps, accuracy, row.tpf)
+        rows += found
+    write_summary(
+        run / "summary.json",
+        task=recipe.task.name,
+        seed=recipe.seed,
+        versions=versions(),
+        wall_seconds=run.seconds(),
+        rows=rows,
+    )
+
+
+def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
+    """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
+    model, tokenizer = inputs.teacher
+    prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
+    for config in recipe.eval.settings(recipe.seed):
+        Engine(model, tokenizer, **vars(recipe.engine)).stream(prompts, config)  # checks; decodes when iterated
+
+
+def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
+    """(name, objective, model, tokenizer) of each model to evaluate, one in memory at a time."""
+    if recipe.model.architecture is None:  # random weights have nothing to show
+        yield "teacher", None, *inputs.teacher
+        inputs.release()
+    places = {"student": run / "student"} | {
+        path.rstrip("/").rpartition("/")[2]: path for path in recipe.eval.checkpoints
+    }
+    for name, path in places.items():
+        objective = recipe.objective if name == "student" else None
+        yield name, objective, *load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)

@@ -1,0 +1,218 @@
+"""The run folder: one writer at a time, what each stage was made with, and how long it took."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from t3d.config import Recipe
+from t3d.errors import T3DError
+from t3d.pipeline.log import log, to_file
+from t3d.pipeline.settings import settings
+from t3d.pipeline.versions import versions
+
+STAGES = ("rollout", "train", "eval", "report")
+# What each stage leaves in the run folder. Its record lies in the folder of its name, which is removed last.
+OUTPUTS = {
+    "rollout": ("rollout",),
+    "train": ("student", "train"),
+    "eval": ("summary.json", "eval"),
+    "report": ("report.html",),
+}
+SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
+
+
+class RunFolder:
+    """RUN, held by this process inside `with`. If the block fails before a stage began, a folder made here goes again.
+
+    Raises:
+        T3DError: when the folder cannot be written, another process holds it, or it holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._save_time = lambda: None  # writes down the time of the stage that runs now
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __enter__(self) -> "RunFolder":
+        with contextlib.ExitStack() as stack, writing(self.path):
+            new = not self.path.exists()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise T3DError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+            if not new and any(self.path.iterdir()) and not (self / ".lock").exists():
+                raise T3DError(f"{self.path} is not empty and not a run folder; choose another run_dir")
+            lock = stack.enter_context(open(self / ".lock", "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when we die
+            except BlockingIOError as error:
+                raise T3DError(
+                    f"{self.path} is in use by another run; wait for it, or choose another run_dir"
+                ) from error
+            if new:
+                stack.push(self._remove_if_unused)
+            for leftover in self.path.glob(".removed-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            stack.enter_context(to_file(self / "log.txt"))
+            stack.push(self._log_failure)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        return self._stack.__exit__(*exception)
+
+    def _remove_if_unused(self, kind, *_):
+        if kind is not None and not any((self / stage).exists() for stage in STAGES):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _log_failure(self, kind, error, traceback):
+        if kind is not None:
+            expected = issubclass(kind, T3DError | KeyboardInterrupt)
+            log.debug("stopped: %s", error or kind.__name__, exc_info=None if expected else (kind, error, traceback))
+
+    def record(self, stage: str) -> dict | None:
+        """What is known of a stage that was begun: `complete`, `seconds`, `settings`; None if it was not."""
+        path = self / stage / "stage.json"
+        try:
+            record = json.loads(path.read_text())
+            return {key: record[key] for key in ("complete", "seconds", "settings")}
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise T3DError(f"cannot read {path}; remove {path.parent} to do this stage again") from error
+
+    def complete(self, stage: str) -> bool:
+        """Whether a stage ended and its output is still there."""
+        record = self.record(stage)
+        return bool(record and record["complete"]) and all((self / name).exists() for name in OUTPUTS[stage])
+
+    def check(self, stage: str, recipe: Recipe) -> None:
+        """Raises T3DError if the stage was begun with settings that differ from the recipe's in what matters to it."""
+        record = self.record(stage)
+        if record is None:
+            return
+        old, new = record["settings"], settings(recipe, stage)
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise T3DError(
+                    f"{self.path}: the {stage} stage was run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
+                    "add --force to do it again, or choose another run_dir"
+                )
+
+    def clear(self, stages: tuple[str, ...]) -> None:
+        """Remove the output of `stages`, the last first; what is only half removed no longer has its name."""
+        with writing(self.path):
+            for name in (name for stage in reversed(stages) for name in OUTPUTS[stage]):
+                if (self / name).exists():
+                    trash = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.path))
+                    (self / name).rename(trash / name)
+                    shutil.rmtree(trash, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, recipe: Recipe):
+        """Inside, the stage is recorded as begun, and its time, added to that of earlier attempts, is kept on disk."""
+        before = (self.record(name) or {"seconds": 0.0})["seconds"]
+        start, over, lock = time.monotonic(), threading.Event(), threading.Lock()
+        wanted = settings(recipe, name)
+
+        def save(complete: bool = False) -> None:
+            with lock:
+                seconds = round(before + time.monotonic() - start, 3)
+                self.write_json(f"{name}/stage.json", {"complete": complete, "seconds": seconds, "settings": wanted})
+
+        def keep_saving() -> None:
+            while not over.wait(SAVE_SECONDS):
+                with contextlib.suppress(T3DError):  # a full disk stops the stage itself
+                    save()
+
+        save()
+        self._save_time = save
+        keeper = threading.Thread(target=keep_saving, daemon=True)
+        keeper.start()
+        try:
+            with writing(self / name):
+                yield
+        finally:
+            over.set()
+            keeper.join()
+            self._save_time = lambda: None
+        save(complete=True)
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time so far of every stage that takes long, over all attempts, and their total."""
+        self._save_time()
+        times = {stage: (self.record(stage) or {"seconds": 0.0})["seconds"] for stage in STAGES[:3]}
+        return times | {"total": round(sum(times.values()), 3)}
+
+    def write_json(self, name: str, value) -> None:
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write RUN/name whole or not at all."""
+        path = self / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+
+    def describe(self, recipe: Recipe) -> None:
+        """Write recipe.yaml and versions.json; say so if the run continues with other versions."""
+        now, path = versions(), self / "versions.json"
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(path.read_text())
+            changed = [
+                f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+            ]
+            if changed:
+                log.warning("this run continues with other versions: %s", ", ".join(changed))
+        self.write_json("versions.json", now)
+        self.write_text("recipe.yaml", recipe.to_yaml())
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns what a full disk or a missing permission raises, in whichever library, into one line."""
+    try:
+        yield
+    except T3DError:
+        raise
+    except Exception as error:
+        if any(map(_disk_full, _causes(error))) or _no_room(path):
+            raise T3DError(f"cannot write {path}: no space left on the device; make room and run again") from error
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            raise T3DError(
+                f"cannot write {error.filename or path}: {error.strerror}; choose another run_dir"
+            ) from error
+        raise
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _disk_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+
+
+def _no_room(path: Path) -> bool:
+    """Libraries in other languages do not always say why a write failed."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    usage = shutil.disk_usage(path)
+    return usage.total > 0 and usage.free < 2**16

@@ -1,0 +1,111 @@
+"""What the stages start from, each loaded when first asked for."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+import t3d
+from t3d.config import Recipe
+from t3d.errors import T3DError
+from t3d.models import SDARConfig, SDARForCausalLM, load_model, load_tokenizer
+from t3d.tasks import Problem, Task, get_task
+
+EMBEDDED = Path(t3d.__file__).parent / "assets" / "teacher"
+
+
+class Inputs:
+    """The teacher, the task and its problems, as the recipe names them."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    @cached_property
+    def teacher(self):
+        """(model, tokenizer)"""
+        return self.load()
+
+    def load(self, dtype: str | None = None):
+        """(model, tokenizer) of the `model` section; `dtype` overrides the section's."""
+        wanted = self.recipe.model
+        if wanted.architecture is not None:
+            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype or wanted.dtype, wanted.device)
+        path = wanted.path or EMBEDDED
+        model, tokenizer = load_model(path, dtype=dtype or wanted.dtype, device=wanted.device)
+        if tokenizer is None:
+            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        return model, tokenizer
+
+    @cached_property
+    def saved_dtype(self) -> str:
+        """Name of the dtype that the teacher's weights are stored in."""
+        if self.recipe.model.architecture is not None:
+            return "float32"
+        settings, _ = PretrainedConfig.get_config_dict(str(self.recipe.model.path or EMBEDDED))
+        return settings.get("dtype") or settings.get("torch_dtype") or "float32"
+
+    @cached_property
+    def task(self) -> Task:
+        return get_task(self.recipe.task)
+
+    @cached_property
+    def eval_task(self) -> Task:
+        return get_task(self.recipe.task, evaluation=True)
+
+    @cached_property
+    def train_problems(self) -> list[Problem]:
+        return _some(self.task.problems("train", self.recipe.task.num_train), "training")
+
+    @cached_property
+    def train_prompts(self) -> list[list[int]]:
+        return [self.task.prompt(problem, self.teacher[1]) for problem in self.train_problems]
+
+    @cached_property
+    def eval_problems(self) -> list[Problem]:
+        return _some(self.eval_task.problems(self.recipe.eval.split, self.recipe.task.num_eval), "evaluation")
+
+    def release(self) -> None:
+        """Forget the teacher, so that its memory is free for training."""
+        vars(self).pop("teacher", None)
+
+
+def _some(problems: list[Problem], what: str) -> list[Problem]:
+    if not problems:
+        raise T3DError(f"task: there are no {what} problems")
+    return problems
+
+
+def new_model(architecture: dict, tokenizer_path: str | None, seed: int, dtype: str | None, device: str | None):
+    """An SDAR model with random weights drawn from `seed`, and its tokenizer; `(model, tokenizer)`.
+
+    What the architecture leaves out about tokens (vocabulary size, mask, stop and padding ids) the tokenizer gives.
+    """
+    if tokenizer_path is None:
+        from t3d.tasks.word_problems import build_tokenizer
+
+        tokenizer = build_tokenizer()
+    else:
+        tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer is None:
+        raise T3DError(f"model.path: {tokenizer_path} has no tokenizer")
+    ids = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = SDARConfig(**ids | architecture)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = SDARForCausalLM(config)
+    except Exception as error:  # transformers checks the values in many ways
+        raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
+    if config.mask_token_id is None:
+        raise T3DError("model.architecture: mask_token_id is missing, and the tokenizer has no mask token")
+    stops = [token for token in (config.eos_token_id, config.pad_token_id) if token is not None]
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=config.pad_token_id)
+    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else torch.float32).eval(), tokenizer

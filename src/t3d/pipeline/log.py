@@ -1,0 +1,42 @@
+"""Where messages go: to the terminal and to RUN/log.txt, what libraries warn about only to the latter."""
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger("t3d")
+_SOURCES = ("t3d", "transformers", "py.warnings")
+
+
+def to_terminal() -> None:
+    """Send what t3d has to say to stderr, and keep the libraries' warnings off it."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").propagate = False
+    for handler in list(logging.getLogger("transformers").handlers):
+        logging.getLogger("transformers").removeHandler(handler)
+    transformers_logging.disable_progress_bar()  # one for every file it reads or writes
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+@contextlib.contextmanager
+def to_file(path: Path):
+    """Inside, messages are also added to the file `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in _SOURCES:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in _SOURCES:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
