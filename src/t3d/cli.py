@@ -124,8 +124,12 @@ def config_command(
 
 @app.command("generate")
 def generate_command(
-    model: Annotated[str, typer.Argument(help="checkpoint folder or hub id", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="the user's message; - reads it from stdin", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="MODEL", show_default=False)
+    ],
+    prompt: Annotated[
+        str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
+    ],
     steps: Annotated[int | None, typer.Option(help="denoising steps per block; default: the block size")] = None,
     max_tokens: Annotated[int, typer.Option(help="most tokens of the answer")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
@@ -145,7 +149,7 @@ def generate_command(
     """Answer one prompt; the tokens, forwards and time go to stderr."""
     from t3d.decoding import DecodingConfig
     from t3d.generate import generate
-    from t3d.pipeline.log import to_terminal
+    from t3d.log import to_terminal
 
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -4,10 +4,10 @@ from transformers import set_seed
 
 from t3d.config import Recipe
 from t3d.errors import T3DError
+from t3d.log import log, to_terminal
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.log import log, to_terminal
 from t3d.pipeline.rollout import rollout, rollout_jobs
 from t3d.pipeline.train import check_training, train
 

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Iterator
 
 from t3d.config import Recipe
+from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.evaluation import evaluate, write_summary
+from t3d.log import log
 from t3d.models import load_model
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.log import log
 from t3d.pipeline.versions import versions
 
 
@@ -62,4 +63,4 @@ def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
     }
     for name, path in places.items():
         objective = recipe.objective if name == "student" else None
-        yield name, objective, *load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
+        yield name, objective, *load_model(checkpoint(path), dtype=recipe.model.dtype, device=recipe.model.device)

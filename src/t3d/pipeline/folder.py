@@ -12,7 +12,7 @@ from pathlib import Path
 
 from t3d.config import Recipe
 from t3d.errors import T3DError
-from t3d.pipeline.log import log, to_file
+from t3d.log import log, to_file
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
 

@@ -1,18 +1,15 @@
 """What the stages start from, each loaded when first asked for."""
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-import t3d
 from t3d.config import Recipe
+from t3d.embedded import checkpoint
 from t3d.errors import T3DError
 from t3d.models import SDARConfig, SDARForCausalLM, load_model, load_tokenizer
 from t3d.tasks import Problem, Task, get_task
-
-EMBEDDED = Path(t3d.__file__).parent / "assets" / "teacher"
 
 
 class Inputs:
@@ -31,7 +28,7 @@ class Inputs:
         wanted = self.recipe.model
         if wanted.architecture is not None:
             return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype or wanted.dtype, wanted.device)
-        path = wanted.path or EMBEDDED
+        path = checkpoint(wanted.path)
         model, tokenizer = load_model(path, dtype=dtype or wanted.dtype, device=wanted.device)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
@@ -42,7 +39,7 @@ class Inputs:
         """Name of the dtype that the teacher's weights are stored in."""
         if self.recipe.model.architecture is not None:
             return "float32"
-        settings, _ = PretrainedConfig.get_config_dict(str(self.recipe.model.path or EMBEDDED))
+        settings, _ = PretrainedConfig.get_config_dict(str(checkpoint(self.recipe.model.path)))
         return settings.get("dtype") or settings.get("torch_dtype") or "float32"
 
     @cached_property

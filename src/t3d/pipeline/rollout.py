@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from t3d.config import Recipe
 from t3d.engine import Engine, FinishedEvent
+from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.log import log
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
 from t3d.tasks import Problem

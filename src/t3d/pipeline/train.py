@@ -12,10 +12,10 @@ from t3d.config import Recipe
 from t3d.distill import T3DTrainer
 from t3d.distill.solutions import SolutionDataset
 from t3d.errors import T3DError
+from t3d.log import log
 from t3d.models import save_model, stop_ids
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.log import log
 from t3d.trajectories import TrajectoryDataset
 
 WHOLE = "whole"  # the file that says a checkpoint was saved to its end
