@@ -32,6 +32,15 @@ class T3DConfig(TrainingArguments):
     )
     random_ratio: float = _help("share of masked inputs replaced by random tokens (still supervised)", 0.1)
     states_per_sequence: int = _help("noisy states of one trajectory that share its clean copy in a forward", 1)
+    mf_anchor: float = _help("mean_field: weight of the cross-entropy to verified trajectories; 0: label-free", 0.5)
+    mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
+    mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
+    mf_temperature: float = _help("mean_field: 0 fills masks with the student's argmax; else a sample at it", 0.0)
+    on_policy_share: float = _help("mean_field: share of steps in contexts that the student itself decodes", 0.5)
+    on_policy_steps: list[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "denoising steps per block of the student's own contexts"}
+    )
+    on_policy_temperature: float = _help("temperature of the student's own contexts", 0.5)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
     pack_length: int = _help("pack several trajectories into rows of this many tokens; 0: one to a row", 0)
@@ -70,6 +79,8 @@ class T3DConfig(TrainingArguments):
             f"ddo_reduction is 'mean' or 'sum', got {self.ddo_reduction!r}",
         )
         check(0 <= self.random_ratio <= 1, f"random_ratio must lie in 0..1, got {self.random_ratio}")
+        check(0 <= self.on_policy_share <= 1, f"on_policy_share must lie in 0..1, got {self.on_policy_share}")
+        check(self.on_policy_steps, "on_policy_steps must not be empty")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
         check(
             self.states_per_sequence >= 1,

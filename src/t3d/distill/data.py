@@ -1,7 +1,7 @@
 """From trajectories to training batches: `[clean tokens | noisy copies of the blocks that hold response tokens]`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ class TrainingBatch:
 
     input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
     select: flat index of each supervised position into rows * length; target: the trajectory's token there; rank: its
-    commit rank in its block; weight: the state's weight; sequence, block: numbers of the noisy sequence (a document's
-    copy) and of the noisy block it is in, counted over the batch; all `(m,)`.
+    commit rank in its block; weight: the state's weight; labelled: 1 where the target is part of a response verified
+    as correct, else 0; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is
+    in, counted over the batch; all `(m,)`. item: each document's place in the dataset, `(documents,)`; -1: none.
     """
 
     input_ids: Tensor
@@ -33,13 +34,18 @@ class TrainingBatch:
     target: Tensor
     rank: Tensor
     weight: Tensor
+    labelled: Tensor
     sequence: Tensor
     block: Tensor
+    item: Tensor
     block_size: int
 
     @property
     def layout(self) -> Layout:
         return Layout(self.document, self.copy, self.position, self.block_size)
+
+    def to(self, device) -> "TrainingBatch":
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 class StateDataset(Dataset):
@@ -60,7 +66,7 @@ class StateDataset(Dataset):
         self.block_size, self.mask_id, self.vocabulary = block_size, mask_id, vocabulary
         self.objective = OBJECTIVES[config.objective]
         self.kept, self.dropped = self._filter()
-        self._trajectory(0)  # a wrong block size shows before anything is computed
+        self.trajectory(0)  # a wrong block size shows before anything is computed
         self.epoch = 0
 
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
@@ -81,7 +87,7 @@ class StateDataset(Dataset):
             raise T3DError(f"no trajectory is left to train on: {reasons}")
         return kept, dropped
 
-    def _trajectory(self, item: int) -> Trajectory:
+    def trajectory(self, item: int) -> Trajectory:
         trajectory = self.trajectories[self.kept[item]]
         if trajectory.block_size != self.block_size:
             raise T3DError(
@@ -97,8 +103,11 @@ class StateDataset(Dataset):
         return len(self.kept)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        trajectory = self._trajectory(item)
         rng = np.random.default_rng([self.config.seed, self.epoch, self.kept[item]])
+        return self.states(self.trajectory(item), rng, item)
+
+    def states(self, trajectory: Trajectory, rng: np.random.Generator, item: int = -1) -> dict:
+        """One row's worth of tokens: the clean trajectory and `states_per_sequence` noisy states of it."""
         prompt = np.asarray(trajectory.prompt_ids, dtype=np.int64)
         response = np.asarray(trajectory.response_ids, dtype=np.int64)
         start = len(prompt)
@@ -107,6 +116,7 @@ class StateDataset(Dataset):
         block = block_ids(np.arange(start, end), self.block_size)
         rank = commit_rank(block, np.asarray(trajectory.step_map), np.asarray(trajectory.confidence))
         counted = np.arange(len(response)) < trajectory.length
+        supervised_too = counted | self.objective.beyond_length
 
         clean = np.concatenate([prompt, response])[: max(end - self.block_size, 0)]  # nobody sees a clean last block
         ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [np.arange(len(clean))]
@@ -117,15 +127,17 @@ class StateDataset(Dataset):
                 response, masked, self.objective.random_ratio(self.config), self.vocabulary, self.mask_id, rng
             )
             base = sum(map(len, ids)) + start - first  # where this copy's first response token lies in the row
-            where = np.flatnonzero(masked & counted)
-            supervised.append(
-                (base + where, response[where], rank[where], weight[where], where * 0 + copy, block[where])
-            )
+            where = np.flatnonzero(masked & supervised_too)
+            labelled = counted[where] * float(trajectory.correct is True)
+            place = (np.full(len(where), copy), block[where])
+            supervised.append((base + where, response[where], rank[where], weight[where], labelled, *place))
             ids.append(np.concatenate([prompt[first:], noisy]))
             copies.append(np.full(end - first, copy))
             positions.append(np.arange(first, end))
-        select, target, rank, weight, copy, block = (np.concatenate(parts) for parts in zip(*supervised, strict=True))
+        columns = [np.concatenate(parts) for parts in zip(*supervised, strict=True)]
+        select, target, rank, weight, labelled, copy, block = columns
         return {
+            "item": item,
             "input_ids": np.concatenate(ids),
             "copy": np.concatenate(copies),
             "position": np.concatenate(positions),
@@ -133,13 +145,17 @@ class StateDataset(Dataset):
             "target": target,
             "rank": rank,
             "weight": weight,
+            "labelled": labelled,
             "supervised_copy": copy,
             "supervised_block": block,
         }
 
 
 def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
-    """Put examples into rows, one each or packed up to `pack_length` tokens; the fields of a `TrainingBatch`."""
+    """Put examples into rows, one each or packed up to `pack_length` tokens; the fields of a `TrainingBatch`.
+
+    Document numbers are places in `examples`.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     sizes = [len(example["input_ids"]) for example in examples]
@@ -156,9 +172,8 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
 
     fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0}
     grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
-    flat: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("select", "target", "rank", "weight", "sequence", "block")
-    }
+    names = ("select", "target", "rank", "weight", "labelled", "sequence", "block")
+    flat: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for r, row in enumerate(rows):
         at = 0
         for i in row:
@@ -168,7 +183,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
                 grid[name][r, span] = example[name]
             grid["document"][r, span] = i
             flat["select"].append(r * length + at + example["select"])
-            for name in ("target", "rank", "weight"):
+            for name in ("target", "rank", "weight", "labelled"):
                 flat[name].append(example[name])
             flat["sequence"].append(np.stack([np.full(len(example["select"]), i), example["supervised_copy"]], 1))
             flat["block"].append(np.c_[flat["sequence"][-1], example["supervised_block"]])
@@ -177,5 +192,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
     for name in ("sequence", "block"):
         batch[name] = np.unique(batch[name], axis=0, return_inverse=True)[1].reshape(-1)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in (grid | batch).items()}
-    tensors["weight"] = tensors["weight"].float()
+    for name in ("weight", "labelled"):
+        tensors[name] = tensors[name].float()
+    tensors["item"] = torch.tensor([example["item"] for example in examples])
     return tensors | {"block_size": block_size}

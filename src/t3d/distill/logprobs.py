@@ -25,7 +25,7 @@ def choose_tokens(hidden: Tensor, weight: Tensor, mask_id: int, temperature: flo
     """The model's own choice at each position, int64 `(m,)`: argmax, or one sample at `temperature`."""
     choices = []
     for h in hidden.split(chunk):
-        logits = _logits(h, weight, mask_id)
+        logits = mask_free_logits(h, weight, mask_id)
         if temperature > 0:
             choices.append(torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(-1))
         else:
@@ -34,11 +34,12 @@ def choose_tokens(hidden: Tensor, weight: Tensor, mask_id: int, temperature: flo
 
 
 def _token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
-    logits = _logits(hidden, weight, mask_id)
+    logits = mask_free_logits(hidden, weight, mask_id)
     return logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
 
 
-def _logits(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
+def mask_free_logits(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
+    """float32 logits `(m, vocab)` with minus infinity at the mask token."""
     logits = torch.nn.functional.linear(hidden, weight).float()  # (m, vocab)
     forbidden = torch.zeros(logits.shape[-1], device=logits.device).index_fill_(
         0, torch.tensor(mask_id, device=logits.device), float("-inf")

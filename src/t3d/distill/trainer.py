@@ -6,14 +6,17 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from t3d.decoding import DecodingConfig
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
+from t3d.engine import Engine
 from t3d.errors import T3DError
 
 REFERENCE_FILE = "reference.safetensors"
@@ -59,12 +62,29 @@ class T3DTrainer(Trainer):
                 self.add_callback(_RefreshReference(self))
         self._logged: dict[str, list[float]] = defaultdict(list)
 
+    def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch's prompts with responses that the student decodes now, in few steps (for on-policy objectives)."""
+        rng = np.random.default_rng([self.args.seed, self.state.global_step, self.args.process_index])
+        given = [self.train_dataset.trajectory(item) for item in batch.item.tolist()]
+        prompts = [trajectory.prompt_ids for trajectory in given]
+        decoding = DecodingConfig(
+            steps=min(int(rng.choice(self.args.on_policy_steps)), batch.block_size),
+            temperature=self.args.on_policy_temperature,
+            max_tokens=max(len(trajectory.response_ids) for trajectory in given),
+        )
+        seeds = [int(seed) for seed in rng.integers(0, 2**62, len(prompts))]
+        trajectories = Engine(self.model, max_batch_size=len(prompts)).generate(prompts, decoding, seeds=seeds)
+        examples = [self.train_dataset.states(trajectory, rng) for trajectory in trajectories]
+        return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = TrainingBatch(**inputs)
+        if self.objective.on_policy and turns(self.state.global_step, self.args.on_policy_share):
+            batch = self._own_contexts(batch)
         implementation = self.model.config._attn_implementation
-        mask = batch.layout.attention_mask(implementation)
 
-        def forward(network, head):
+        def forward(network, head, batch=batch):
+            mask = batch.layout.attention_mask(implementation)
             return network(
                 input_ids=batch.input_ids,
                 attention_mask=mask,
@@ -73,9 +93,9 @@ class T3DTrainer(Trainer):
                 head=head,
             )
 
-        def reference(head):
+        def reference(head, *other):
             with torch.no_grad(), self.compute_loss_context_manager():
-                return forward(self.reference, head)
+                return forward(self.reference, head, *other)
 
         loss, metrics = self.objective.loss(batch, partial(forward, model), reference, self.args, self.mask_id)
         if not math.isfinite(loss.item()):
@@ -108,6 +128,11 @@ class T3DTrainer(Trainer):
         saved = Path(resume_from_checkpoint) / REFERENCE_FILE
         if self.reference is not None and saved.exists():
             self.reference.load_state_dict(load_file(saved), strict=False)
+
+
+def turns(step: int, share: float) -> bool:
+    """Whether `step` (0, 1, ...) belongs to the share of steps that is spread evenly over all."""
+    return math.floor((step + 1) * share) > math.floor(step * share)
 
 
 class _SetEpoch(TrainerCallback):

@@ -1,10 +1,11 @@
 """Training objectives, one file each. Adding one is a file here and its line in `OBJECTIVES`."""
 
 from t3d.distill.objectives.base import Objective
+from t3d.distill.objectives.mean_field import MeanField
 from t3d.distill.objectives.path import Path
 from t3d.distill.objectives.sft import SFT
 from t3d.distill.objectives.t3d import DDO, T3D
 
-OBJECTIVES: dict[str, Objective] = {"t3d": T3D(), "ddo": DDO(), "path": Path(), "sft": SFT()}
+OBJECTIVES: dict[str, Objective] = {"t3d": T3D(), "ddo": DDO(), "path": Path(), "mean_field": MeanField(), "sft": SFT()}
 
 __all__ = ["OBJECTIVES", "Objective"]

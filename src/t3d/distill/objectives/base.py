@@ -1,6 +1,7 @@
 """What an objective is, and the sums that several of them use."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,17 @@ from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
 from t3d.distill.states import trajectory_mask
 
-# Runs a model on the batch and applies `head(hidden (m, width), lm_head weight)` at the supervised positions.
-Forward = Callable[[Callable[[Tensor, Tensor], object]], object]
+# Runs a model and applies `head(hidden (m, width), lm_head weight)` at the supervised positions: of the batch at hand,
+# or of another given as second argument.
+Forward = Callable[..., Any]
 
 
 class Objective:
     """How states are drawn, and the loss on them."""
 
     needs_reference = False
+    beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
+    on_policy = False  # whether it learns in contexts that the student itself decodes, too
 
     def state(
         self, block: np.ndarray, rank: np.ndarray, rng: np.random.Generator, config: T3DConfig

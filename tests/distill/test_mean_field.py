@@ -1,0 +1,160 @@
+"""The coordinate identity: the objective's gradient is that of KL(q || p), with p enumerated for a small joint."""
+
+import itertools
+
+import numpy as np
+import torch
+from conftest import make_model
+from test_layout import MASK, PAD, random_trajectory
+from test_objectives import run
+
+from t3d.blocks import Layout
+from t3d.distill import T3DConfig
+from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.objectives.mean_field import _terms, masked_one_by_one, place_in_block
+from t3d.distill.trainer import turns
+
+
+def make_batch(seed=0, documents=3, packed=False, block_size=4, **settings):
+    rng = np.random.default_rng(seed)
+    trajectories = [random_trajectory(rng, block_size, int(rng.integers(1, 9)), 3) for _ in range(documents)]
+    config = T3DConfig(output_dir="unused", objective="mean_field", mask_exponent=1.0, use_cpu=True, **settings)
+    dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
+    examples = [dataset[i] for i in range(documents)]
+    return TrainingBatch(**collate(examples, PAD, block_size, 200 if packed else 0)), config
+
+
+def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint():
+    """q over n masked positions, p any joint whose conditionals are given; compare with the enumerated KL."""
+    torch.manual_seed(0)
+    n, vocabulary = 3, 4
+    joint = torch.randn([vocabulary] * n, dtype=torch.float64).flatten().softmax(0).view([vocabulary] * n)
+    logits = torch.randn(n, vocabulary, dtype=torch.float64, requires_grad=True)
+
+    logq = logits.log_softmax(-1)
+    words = list(itertools.product(range(vocabulary), repeat=n))
+    kl = sum(
+        sum(logq[i, x[i]] for i in range(n)).exp() * (sum(logq[i, x[i]] for i in range(n)) - joint[x].log())
+        for x in words
+    )
+    (exact,) = torch.autograd.grad(kl, logits)
+
+    q = logits.log_softmax(-1).exp().detach()
+    total = torch.zeros((), dtype=torch.float64)
+    for x in words:  # the expectation over x ~ q, exactly
+        probability = torch.stack([q[i, x[i]] for i in range(n)]).prod()
+        for i in range(n):
+            conditional = joint[tuple(slice(None) if j == i else x[j] for j in range(n))]
+            conditional = conditional / conditional.sum()
+            logq_i = logits[i].log_softmax(-1)
+            # averaging over x_i too: the term does not depend on it
+            total = total + probability * (logq_i.exp() * (logq_i - conditional.log())).sum()
+    (coordinate,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(coordinate, exact)
+
+
+def test_every_teacher_copy_masks_one_position_and_fills_the_others():
+    for seed, packed in itertools.product(range(4), (False, True)):
+        batch, _ = make_batch(seed, packed=packed, states_per_sequence=1 + seed % 2)
+        torch.manual_seed(seed)
+        fill = torch.randint(2, 60, batch.target.shape)
+        turn = place_in_block(batch.block)
+        copies = int(turn.max()) + 1
+        asked = masked_one_by_one(batch, fill, turn, copies, MASK)
+        model = make_model()
+        with torch.no_grad():
+            logits = model(asked.input_ids, asked.layout.boolean_mask(), asked.position, select=asked.select)
+        length = batch.input_ids.shape[1]
+        for i, place in enumerate(batch.select.tolist()):
+            row, column = divmod(place, length)
+            ids = batch.input_ids.clone()
+            flat = ids.view(-1)
+            flat[batch.select] = fill
+            flat[place] = MASK  # by hand: everything filled but this one position
+            layout = Layout(batch.document, batch.copy, batch.position, batch.block_size)
+            with torch.no_grad():
+                expected = model(ids, layout.boolean_mask(), batch.position).logits[row, column]
+            torch.testing.assert_close(logits[i], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_fewer_copies_ask_a_random_part_of_the_positions():
+    batch, _ = make_batch(1)
+    torch.manual_seed(0)
+    turn = place_in_block(batch.block, shuffle=True)
+    for block in batch.block.unique():
+        assert sorted(turn[batch.block == block].tolist()) == list(range(int((batch.block == block).sum())))
+    asked = masked_one_by_one(batch, batch.target, turn, 1, MASK)
+    assert asked.input_ids.shape == batch.input_ids.shape
+    assert (asked.input_ids == MASK).sum() == len(batch.block.unique())
+
+
+def test_the_loss_is_its_formula():
+    from t3d.distill.objectives import OBJECTIVES
+
+    batch, config = make_batch(2, mf_anchor=0.5)
+    batch.labelled[::2] = 1.0
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        loss, metrics = OBJECTIVES["mean_field"].loss(batch, run(student, batch), runner(teacher, batch), config, MASK)
+        logits = student(batch.input_ids, batch.layout.boolean_mask(), batch.position).logits.double()
+        logits[..., MASK] = -torch.inf
+        logq = logits.log_softmax(-1).flatten(0, 1)[batch.select]
+        fill = logq.argmax(-1)
+        terms, anchor = [], []
+        for i, place in enumerate(batch.select.tolist()):
+            ids = batch.input_ids.clone()
+            ids.view(-1)[batch.select] = fill
+            ids.view(-1)[place] = MASK
+            other = teacher(ids, batch.layout.boolean_mask(), batch.position).logits.double().flatten(0, 1)[place]
+            other[MASK] = -torch.inf
+            logp = other.log_softmax(-1).clamp(min=-12)
+            terms.append(sum(float(logq[i, v].exp() * (logq[i, v] - logp[v])) for v in range(63)))
+            if batch.labelled[i]:
+                anchor.append(-float(logq[i, batch.target[i]]))
+    expected = np.mean(terms) + 0.5 * np.mean(anchor)
+    assert abs(float(loss) - expected) < 1e-4 * abs(expected)
+    assert abs(float(metrics["loss/kl"]) - np.mean(terms)) < 1e-3
+
+
+def runner(model, batch):
+    return lambda head, other=batch: run(model, other)(head)
+
+
+def test_chunked_terms_have_the_dense_gradient():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
+    teacher_hidden, target = torch.randn(5, 8), torch.randint(0, 11, (5,))
+    kl, logp = _terms(hidden, weight, teacher_hidden, weight.detach(), target, 11, -12.0)
+    logq = (hidden @ weight[:11].T).log_softmax(-1)
+    other = (teacher_hidden @ weight[:11].detach().T).log_softmax(-1)
+    expected = (logq.exp() * (logq - other)).sum(-1)
+    torch.testing.assert_close(kl, expected)
+    both = [
+        torch.autograd.grad(x.sum() + y.sum(), (hidden, weight))
+        for x, y in ((kl, logp), (expected, logq.gather(1, target[:, None])[:, 0]))
+    ]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_shares_are_spread_evenly():
+    assert [turns(step, 0.5) for step in range(6)] == [False, True] * 3
+    assert not any(turns(step, 0.0) for step in range(10))
+    assert all(turns(step, 1.0) for step in range(10))
+
+
+def test_training_with_on_policy_contexts_resumes_exactly(tmp_path):
+    from test_trainer import config, trajectories, weights
+
+    from t3d.distill import T3DTrainer
+
+    settings = {"objective": "mean_field", "max_steps": 6, "save_steps": 3, "round_interval": 0}
+    data = trajectories()
+    for trajectory in data:
+        trajectory.correct = True
+    whole = T3DTrainer(make_model(), config(tmp_path, **settings), data)
+    whole.train()
+    again = T3DTrainer(make_model(), config(tmp_path, **settings), data)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for (name, a), b in zip(weights(whole.model).items(), weights(again.model).values(), strict=True):
+        assert torch.equal(a, b), name
