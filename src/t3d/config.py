@@ -215,14 +215,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         T3DError: one line: a missing or malformed file, an unknown section or key, or a value of the wrong type.
     """
     parts = [(str(path), _read(Path(path))), *((f"override {text!r}", _override(text)) for text in overrides)]
-    sources = {}  # dotted key -> where it was last set
+    given, sources = {}, {}  # dotted key -> its value as written, and where it was last set
     for source, part in parts:
-        sources |= dict.fromkeys(_check_names(part, source), source)
+        found = dict(_flat(part, source))
+        given |= found
+        sources |= dict.fromkeys(found, source)
+    for name in (name for name, value in given.items() if value == "???"):
+        raise T3DError(f"{path}: {name} is left open (???); add {name}=VALUE to the command")
     defaults = {name: {k.name: k.default for k in keys(name).values() if k.own} for name in SECTIONS}
     defaults |= {key.name: key.default for key in keys().values()}
     try:
         merged = OmegaConf.merge(defaults, *(part for _, part in parts))
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise T3DError(f"{path}: {where}{str(error).splitlines()[0]}") from error
@@ -285,11 +289,11 @@ def _yaml_message(error: yaml.YAMLError, line: bool = True) -> str:
     return f"{where}: not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
 
 
-def _check_names(values: dict, source: str) -> Iterator[str]:
-    """The dotted keys of `values`, if every section and key is known."""
+def _flat(values: dict, source: str) -> Iterator[tuple[str, Any]]:
+    """The dotted keys of `values` and their values, if every section and key is known."""
     for name, value in values.items():
         if name in keys():
-            yield name
+            yield name, value
         elif name not in SECTIONS:
             dotted = [f"{s}.{name}" for s in SECTIONS if name in keys(s)]
             hint = f" (did you mean {dotted[0]!r}?)" if dotted else nearest(str(name), [*keys(), *SECTIONS])
@@ -304,7 +308,7 @@ def _check_names(values: dict, source: str) -> Iterator[str]:
                 if key not in keys(name):
                     hint = nearest(str(key), keys(name)).replace(" '", f" '{name}.")
                     raise T3DError(f"{source}: unknown key '{name}.{key}'{hint}; `t3d config` lists all")
-                yield f"{name}.{key}"
+                yield f"{name}.{key}", value[key]
 
 
 def describe(everything: bool = False) -> str:

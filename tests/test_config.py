@@ -1,0 +1,162 @@
+"""The recipe: what is accepted, what it becomes, and the one line that says what is wrong with it."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t3d.config import OWNED, SECTIONS, describe, keys, load_recipe
+from t3d.errors import T3DError
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str, name: str = "some.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_sections_are_typed_and_defaults_fill_the_rest(recipe):
+    path = recipe("seed: 3\nrollout: {temperature: 1, stop_ids: [1, 2]}\ntrain:\n  learning_rate: 2e-3\neval:\n")
+    found = load_recipe(path)
+    assert found.seed == 3
+    assert found.run_dir == "runs/some"
+    assert found.rollout.temperature == 1.0
+    assert found.rollout.stop_ids == (1, 2)
+    assert found.train["learning_rate"] == 0.002
+    assert found.train["objective"] == "t3d"
+    assert "weight_decay" not in found.train  # inherited, not set: transformers' default holds
+    assert list(found.eval.steps) == [4, 2, 1]
+
+
+def test_overrides_win_in_order_and_are_yaml(recipe):
+    path = recipe("task: {num_train: 5}\n")
+    overrides = ["task.num_train=7", "task.num_train=8", "eval.steps=[2]", "train.learning_rate=1e-4", "run_dir=a=b"]
+    found = load_recipe(path, [*overrides, "task.path=", "train.lr_scheduler_kwargs.min_lr_rate=0.5"])
+    assert found.task.num_train == 8
+    assert list(found.eval.steps) == [2]
+    assert found.train["learning_rate"] == 1e-4
+    assert found.run_dir == "a=b"
+    assert found.task.path is None
+    assert found.train["lr_scheduler_kwargs"] == {"min_lr_rate": 0.5}
+
+
+def test_interpolation_sees_overrides_and_defaults(recipe):
+    path = recipe("run_dir: runs/x-seed${seed}\ntask: {data_seed: '${seed}', num_eval: '${rollout.chunk}'}\n")
+    assert load_recipe(path).run_dir == "runs/x-seed0"
+    found = load_recipe(path, ["seed=4"])
+    assert (found.run_dir, found.task.data_seed, found.task.num_eval) == ("runs/x-seed4", 4, found.rollout.chunk)
+
+
+def test_the_resolved_recipe_is_a_recipe(recipe):
+    text = "rollout: {stop_ids: [3]}\ntrain: {weight_decay: 0.1}\nmodel: {architecture: {hidden_size: 8}}\n"
+    first = load_recipe(recipe(text), ["run_dir=r"])
+    assert load_recipe(recipe(first.to_yaml(), "resolved.yaml")) == first
+
+
+WRONG = {
+    "seed: [1": "line 2, column",
+    "seed: 1\nseed: 2": "duplicate key seed",
+    "just text": "unknown key 'just text'",
+    "- 1\n- 2": "expected sections of keys",
+    "5": "expected sections of keys",
+    "": "expected sections of keys",
+    "rollouts: {n: 1}": "unknown section 'rollouts' (did you mean 'rollout'?)",
+    "num_train: 3": "unknown key 'num_train' (did you mean 'task.num_train'?)",
+    "rollout: {temprature: 1}": "unknown key 'rollout.temprature' (did you mean 'rollout.temperature'?)",
+    "train: {learning_rates: 1}": "(did you mean 'train.learning_rate'?)",
+    "rollout: 3": "rollout is a section",
+    "seed: abc": "seed must be int, got 'abc' (str)",
+    "seed: 1.5": "seed must be int, got 1.5 (float)",
+    "seed: true": "seed must be int, got True (bool)",
+    "task: {num_train: 1.5}": "task.num_train must be int or null, got 1.5 (float)",
+    "rollout: {temperature: hot}": "rollout.temperature must be float, got 'hot' (str)",
+    "rollout: {temperature: null}": "rollout.temperature must be float, got null",
+    "rollout: {stop_ids: [a]}": "rollout.stop_ids must be list of int or null, got ['a'] (list)",
+    "rollout: {stop_ids: 3}": "rollout.stop_ids must be list of int or null, got 3 (int)",
+    "task: {name: 3}": "task.name must be str, got 3 (int)",
+    "train: {mask_per_block: 1}": "train.mask_per_block must be bool, got 1 (int)",
+    "train: {max_steps: '10'}": "train.max_steps must be int, got '10' (str)",
+    "train: {output_dir: x}": "train.output_dir is not yours to set",
+    "eval: {steps: 4}": "eval.steps must be list of int",
+    "seed: 2001-01-01": "seed must be int",
+    "rollout: {top_p: 2}": "rollout: top_p must lie in (0, 1], got 2.0",
+    "rollout: {chunk: 0}": "rollout: chunk must be at least 1",
+    "engine: {max_batch_size: 0}": "engine: max_batch_size must be at least 1",
+    "run_dir: ${nowhere}": "run_dir",
+    "model:\n  path: ???": "model.path is left open (???)",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_is_said_in_one_line(recipe, text):
+    path = recipe(text)
+    with pytest.raises(T3DError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert WRONG[text] in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "seed=[1", "x.y=1", "seed=a", "rollout=3", "train.seed=1"])
+def test_a_wrong_override_is_named(recipe, override):
+    with pytest.raises(T3DError) as error:
+        load_recipe(recipe("seed: 1"), [override])
+    assert repr(override) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder_and_binary_files(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name, said in {"none.yaml": "No such file", ".": "Is a directory", "binary.yaml": "not a text file"}.items():
+        with pytest.raises(T3DError, match=said):
+            load_recipe(tmp_path / name)
+
+
+def test_objectives_and_schedules_are_checked_with_the_trainers_own_words(recipe):
+    with pytest.raises(T3DError, match="did you mean 't3d'"):
+        load_recipe(recipe("train: {objective: t3dd}")).training_arguments("x")
+    with pytest.raises(T3DError, match="lr_scheduler|SchedulerType") as error:
+        load_recipe(recipe("train: {lr_scheduler_type: sideways}")).training_arguments("x")
+    assert "\n" not in str(error.value)
+
+
+def test_training_arguments_get_the_recipes_seed_and_device(recipe):
+    arguments = load_recipe(recipe("seed: 5\nmodel: {device: cpu}")).training_arguments("x")
+    assert (arguments.seed, arguments.use_cpu, arguments.output_dir) == (5, True, "x")
+
+
+def test_every_key_is_documented_and_its_default_is_valid():
+    for section in ("", *SECTIONS):
+        for key in keys(section).values():
+            assert key.help, key.dotted
+            if key.default is not None:
+                key.check(key.default, "default")
+
+
+def test_the_description_is_a_recipe_of_the_defaults(recipe):
+    found = yaml.safe_load(describe(everything=True))
+    assert set(found) == {*SECTIONS, *keys()}
+    assert all(set(found[section]) == set(keys(section)) for section in SECTIONS)
+    assert not OWNED.keys() & found["train"].keys()
+    assert load_recipe(recipe(describe(), "same.yaml")) == load_recipe(recipe("seed: 0", "same.yaml"))
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 5), st.floats(allow_nan=False), st.text("ab1.-e", max_size=4)
+)
+ALL_KEYS = [key for section in SECTIONS for key in keys(section).values()]
+
+
+@given(st.sampled_from(ALL_KEYS), st.one_of(SCALARS, st.lists(SCALARS, max_size=2)))
+def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
+    try:
+        taken = key.check(value, "here")
+    except T3DError as error:
+        assert str(error).startswith(f"here: {key.dotted} must be ")
+    else:
+        assert taken == value or list(taken) == value
