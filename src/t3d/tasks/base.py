@@ -54,6 +54,7 @@ class TaskConfig:
     num_train: int | None = _help("problems used for rollouts; default: all", default=None)
     num_eval: int | None = _help("problems used for evaluation; default: all", default=None)
     data_seed: int = _help("seed of generated problems and of the choice among more than asked for", default=0)
+    time_scale: float = _help("factor on the time limits of programs, for a slow machine", default=1.0)
     allow_unsandboxed: bool = _help("run generated code even where the system offers no isolation", default=False)
 
 

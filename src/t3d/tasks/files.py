@@ -19,6 +19,7 @@ class FileTask(Task):
 
     question_fields: tuple[str, ...] = ("question",)  # the first that a record has
     answer_fields: tuple[str, ...] = ()
+    id_fields: tuple[str, ...] = ("id",)
     hub: dict[str, tuple[str, str | None, str]] = {}  # noqa: RUF012  our split: dataset, configuration, its split
 
     def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
@@ -27,11 +28,15 @@ class FileTask(Task):
         problems = []
         source, name, records = self._source(split)
         for where, record in records:
+            if not self.belongs(record, split):
+                continue
             problem = self.problem(record, self._id(record, name, where, source), f"{source}, {where}")
             first = seen.setdefault(problem.id, where)
             if first is not where:
                 raise T3DError(f"{source}, {where}: id {problem.id!r} was already used in {first}")
             problems.append(problem)
+        if not problems:
+            raise T3DError(f"{source} holds no {split} problems of {self.name}")
         if n is None or n >= len(problems):
             return problems
         order = list(range(len(problems)))
@@ -47,6 +52,10 @@ class FileTask(Task):
     def problem(self, record: dict, id: str, where: str) -> Problem:
         """The problem that `record` describes. Raises `T3DError`, which begins with `where`, if it cannot."""
         return Problem(id, self.question(record, where), self.answer(record, where))
+
+    def belongs(self, record: dict, split: str) -> bool:
+        """Whether the record is a problem of that split: for files that hold several, or records to leave out."""
+        return True
 
     def question(self, record: dict, where: str) -> str:
         text = pick(record, self.config.question_field, self.question_fields, where)
@@ -65,10 +74,10 @@ class FileTask(Task):
         raise T3DError(f"{where}: the answer is {type(answer).__name__}, not text or a number")
 
     def _id(self, record: dict, name: str, where: str, source: str) -> str:
-        field = self.config.id_field
-        if field is None and record.get("id") is None:
+        names = (self.config.id_field,) if self.config.id_field is not None else self.id_fields
+        if self.config.id_field is None and all(record.get(field) is None for field in names):
             return f"{name}:{where.split()[-1]}"
-        value = pick(record, field, ("id",), f"{source}, {where}")
+        value = pick(record, self.config.id_field, self.id_fields, f"{source}, {where}")
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise T3DError(f"{source}, {where}: the id is {value!r}, not text or a whole number")
         return str(value)

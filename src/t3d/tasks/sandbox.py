@@ -1,0 +1,231 @@
+"""Running generated programs: two sandboxed processes, one for the program and one for its tests.
+
+Each process is cut off by `sandbox_child.py`. A verdict counts only if the process that holds the tests reports on
+every one of them; the program's process can neither reach that process nor see what it compares with.
+"""
+
+import itertools
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from t3d.errors import T3DError
+
+START = 5.0  # seconds of CPU time, beyond the test's own, to start and to import
+MEMORY = 1 << 30  # bytes of address space of one process
+OUTPUT = 1 << 20  # bytes of output that are read
+PROCESSES = 32
+FILE = 16 << 20  # bytes of one file
+CHILD = Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
+_numbers = itertools.count()
+_TIME = {128 + signal.SIGKILL, 128 + signal.SIGXCPU}  # how a process ends that is out of CPU time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests found. `passed` has one entry for each test."""
+
+    passed: tuple[bool, ...]
+    reason: str = ""  # of the first failure
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.passed) and all(self.passed)
+
+
+class Sandbox:
+    """Runs programs in isolation; raises `T3DError` where the system allows none and `allow_unsandboxed` is false."""
+
+    def __init__(self, allow_unsandboxed: bool = False):
+        self.isolation, why = _isolation()
+        if self.isolation == "none" and not allow_unsandboxed:
+            raise T3DError(
+                f"this system does not allow isolated processes ({why}): install bubblewrap, allow user namespaces, "
+                "or set task.allow_unsandboxed=true to run generated code with all your rights"
+            )
+
+    def function(
+        self, program: str, tests: Sequence[str], setup: str = "", entry: Sequence[str] = (), seconds: float = 1.0
+    ) -> Outcome:
+        """Runs `tests` (Python text) one after the other against what `program` defines.
+
+        setup: run after the program and before the tests, which see its names rather than the program's.
+        entry: the functions under test: only they may have the name of a builtin or of a standard module.
+        seconds: CPU time for all tests together.
+        """
+        failed = (False,) * len(tests)
+        # Descriptors: the program reads requests and writes replies, the tests do the opposite.
+        requests_in, requests_out = os.pipe()
+        replies_in, replies_out = os.pipe()
+        deadline = time.monotonic() + wall(seconds)
+        with _Process(self.isolation, "serve", {"program": program}, seconds, (requests_in, replies_out)) as served:
+            os.close(requests_in)
+            os.close(replies_out)
+            job = {"setup": setup, "tests": list(tests), "entry": list(entry)}
+            with _Process(self.isolation, "check", job, seconds, (replies_in, requests_out), output=True) as checked:
+                os.close(replies_in)
+                os.close(requests_out)
+                report = checked.read(deadline)
+                if report is None:
+                    return Outcome(failed, f"out of time ({seconds:g} s)")
+            passed, reason = _parse(report, len(tests))
+            if not all(passed) and served.exit_code(grace=0.5) in _TIME:
+                reason = f"out of time ({seconds:g} s)"
+            return Outcome(passed, reason)
+
+    def script(self, program: str, inputs: Sequence[str], outputs: Sequence[str], seconds: float = 1.0) -> Outcome:
+        """Runs `program` once for each input, until one output differs (by more than white space)."""
+        passed = []
+        for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), start=1):
+            reason = self._script(program, given, expected, seconds)
+            passed.append(not reason)
+            if reason:
+                rest = (False,) * (len(inputs) - number)
+                return Outcome((*passed, *rest), f"test {number}: {reason}")
+        return Outcome(tuple(passed))
+
+    def _script(self, program: str, given: str, expected: str, seconds: float) -> str:
+        cap = max(OUTPUT, 4 * len(expected.encode()))
+        deadline = time.monotonic() + wall(seconds)
+        with _Process(self.isolation, "script", {"program": program}, seconds, output=True, stdin=given) as process:
+            printed = process.read(deadline, cap)
+            code = process.exit_code(grace=max(0.0, deadline - time.monotonic())) if printed is not None else None
+        if printed is None or code is None or code in _TIME:
+            return f"out of time ({seconds:g} s)"
+        if len(printed) > cap:
+            return f"more than {cap} bytes of output"
+        if code != 0:
+            return f"ended with exit code {code}"
+        if printed.decode("utf-8", "replace").split() != expected.split():
+            return f"printed {' '.join(printed[:200].decode('utf-8', 'replace').split())[:80]!r}"
+        return ""
+
+
+def wall(seconds: float) -> float:
+    """Seconds on the clock for `seconds` of CPU time: generous, so that a busy machine decides nothing."""
+    return 3 * (seconds + START) + 10
+
+
+def _parse(report: bytes, count: int) -> tuple[tuple[bool, ...], str]:
+    try:
+        passed, reason = json.loads(report)
+    except ValueError:
+        return (False,) * count, "the tests were not finished"
+    return tuple(passed), reason
+
+
+class _Process:
+    """One sandboxed interpreter; leaving the `with` block kills all that is left of it."""
+
+    def __init__(self, isolation, part, job, seconds, fds=(), output=False, stdin=None):
+        self.folder = tempfile.mkdtemp(prefix="t3d-sandbox-")
+        cpu = int(seconds + START + 0.999)
+        limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILE, "NOFILE": 64, "CORE": 0}
+        if isolation != "none":  # elsewhere the user's own processes count too
+            limits["NPROC"] = PROCESSES
+        job = job | {
+            "part": part,
+            "fds": list(fds),
+            "limits": limits,
+            "root": self.folder if isolation == "namespaces" else None,
+            "binds": _binds(),
+            "folder": "/tmp" if isolation == "bwrap" else self.folder,
+            "user": (1 << 30) + os.getpid() % (1 << 22) * 256 + next(_numbers) % 256,
+        }
+        with tempfile.TemporaryFile() as jobs, tempfile.TemporaryFile() as given:
+            jobs.write(json.dumps(job).encode())
+            jobs.seek(0)
+            given.write((stdin or "").encode("utf-8", "replace"))
+            given.seek(0)
+            self.process = subprocess.Popen(
+                [*_prefix(isolation), sys.executable, "-s", "-S", "-c", CHILD, str(jobs.fileno())],
+                stdin=given if stdin is not None else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if output else subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(jobs.fileno(), *fds),
+                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"},
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        return self
+
+    def read(self, deadline: float, cap: int = OUTPUT) -> bytes | None:
+        """Standard output until its end, or until it is longer than `cap`; None if that takes too long."""
+        found, stream = b"", self.process.stdout
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while len(found) <= cap:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                piece = os.read(stream.fileno(), 1 << 16)
+                if not piece:
+                    break
+                found += piece
+        return found
+
+    def exit_code(self, grace: float) -> int | None:
+        try:
+            return self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def __exit__(self, *_):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _binds() -> list[str]:
+    """What a program may see: system libraries, the Python installation, the plain devices."""
+    paths = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"]
+    prefixes = {sys.base_prefix, sys.base_exec_prefix, str(Path(sys.executable).resolve().parents[1])}
+    paths += sorted(p for p in prefixes if not p.startswith("/usr"))
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def _prefix(isolation: str) -> list[str]:
+    """The command in front of the interpreter where bubblewrap does the isolation."""
+    if isolation != "bwrap":
+        return []
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
+    for path in _binds():
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        elif not path.startswith("/dev"):
+            command += ["--ro-bind", path, path]
+    return [*command, "--tmpfs", "/tmp", "--chdir", "/tmp"]
+
+
+@cache
+def _isolation() -> tuple[str, str]:
+    """The first way to isolate that works here ("namespaces", "bwrap" or "none"), and why the others did not."""
+    reasons = []
+    for isolation in ("namespaces", "bwrap"):
+        if isolation == "bwrap" and shutil.which("bwrap") is None:
+            reasons.append("bubblewrap is not installed")
+            continue
+        job = {"program": "import socket, os\nprint(len(os.listdir('/tmp')), os.getpid() < 9)"}
+        with _Process(isolation, "script", job, 5.0, output=True, stdin="") as process:
+            printed = process.read(time.monotonic() + 30)
+            code = process.exit_code(5)
+        if code == 0 and printed == b"0 True\n":
+            return isolation, ""
+        reasons.append(f"{isolation}: {(printed or b'').decode('utf-8', 'replace').strip() or f'exit code {code}'}")
+    return "none", "; ".join(reasons)
