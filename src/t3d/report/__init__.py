@@ -1,3 +1,5 @@
 from t3d.report.config import ReportConfig
+from t3d.report.html import write_report
+from t3d.report.terminal import show
 
-__all__ = ["ReportConfig"]
+__all__ = ["ReportConfig", "show", "write_report"]

@@ -1,0 +1,116 @@
+"""Charts as inline SVG. Colours are CSS classes, so that they follow light and dark."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+from t3d.evaluation.metrics import pareto
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str  # beside the point
+    title: str  # on hover
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    colour: int  # class c0, c1, ...
+    points: list[Point]
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, at most `most` or so of them."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / max(1, most - 1)
+    scale = 10.0 ** math.floor(math.log10(raw))
+    step = next(scale * m for m in (1, 2, 2.5, 5, 10) if scale * m >= raw * 0.999999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def number(value: float) -> str:
+    """A tick or a value in a few characters."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.4g}"
+
+
+def accuracy_chart(series: list[Series], width: int, height: int) -> str:
+    """Accuracy in percent against tokens per forward: points with intervals, a line per series, the Pareto front."""
+    points = [p for s in series for p in s.points]
+    left, right, top, bottom = 40, 14, 14, 38
+    xs = ticks(min(0.8, *(p.x for p in points)), max(p.x for p in points) * 1.03, 8 if width > 500 else 6)
+    xs = [x for x in xs if x >= 0]
+    ys = ticks(0 if min(p.low for p in points) < 50 else min(p.low for p in points), 100)
+    ys = [y for y in ys if 0 <= y <= 100]
+
+    def x(value: float) -> str:
+        return f"{left + (value - xs[0]) / (xs[-1] - xs[0]) * (width - left - right):.1f}"
+
+    def y(value: float) -> str:
+        return f"{top + (ys[-1] - value) / (ys[-1] - ys[0]) * (height - top - bottom):.1f}"
+
+    parts = []
+    for value in ys:
+        parts.append(f'<path class="grid" d="M{left} {y(value)}H{width - right}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y(value)}" dy=".35em" text-anchor="end">{value:g}</text>')
+    for value in xs:
+        parts.append(f'<text class="tick" x="{x(value)}" y="{height - 20}" text-anchor="middle">{value:g}</text>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">tokens per forward</text>')
+    front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
+    if len(front) > 1:
+        parts.append(f'<path class="front" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in front)}"/>')
+    for s in series:
+        ordered = sorted(s.points, key=lambda p: p.x)
+        parts.append(f'<g class="c{s.colour}">')
+        parts.append(f'<path class="line" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in ordered)}"/>')
+        for p in ordered:
+            beyond = float(x(p.x)) > width - 60
+            place = 'dx="-9" dy="1.4em" text-anchor="end"' if beyond else 'dx="9" dy="-.55em"'
+            parts.append(
+                f'<g class="point"><title>{escape(p.title)}</title>'
+                f'<path class="whisker" d="M{x(p.x)} {y(p.low)}V{y(p.high)}"/>'
+                f'<circle cx="{x(p.x)}" cy="{y(p.y)}" r="5"/>'
+                f'<text x="{x(p.x)}" y="{y(p.y)}" {place}>{escape(p.label)}</text></g>'
+            )
+        parts.append("</g>")
+    return _svg(width, height, "accuracy in percent against tokens per forward", parts)
+
+
+def line_chart(name: str, points: list[tuple[float, float]], width: int = 260, height: int = 130) -> str:
+    """One training curve: value against optimizer step."""
+    left, right, top, bottom = 46, 8, 8, 18
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    ys = ticks(min(values), max(values), 4)
+    first, last = min(steps), max(steps)
+
+    def place(step: float, value: float) -> str:
+        across = (step - first) / ((last - first) or 1)
+        up = (ys[-1] - value) / (ys[-1] - ys[0])
+        return f"{left + across * (width - left - right):.1f} {top + up * (height - top - bottom):.1f}"
+
+    parts = []
+    for value in ys:
+        height_of = place(first, value).split()[1]
+        parts.append(f'<path class="grid" d="M{left} {height_of}H{width - right}"/>')
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{height_of}" dy=".35em" text-anchor="end">{number(value)}</text>'
+        )
+    parts.append(f'<text class="tick" x="{left}" y="{height - 3}">{number(first)}</text>')
+    parts.append(f'<text class="tick" x="{width - right}" y="{height - 3}" text-anchor="end">{number(last)}</text>')
+    parts.append(f'<path class="line c0" d="M{"L".join(place(s, v) for s, v in points)}"/>')
+    return _svg(width, height, name, parts)
+
+
+def _svg(width: int, height: int, label: str, parts: list[str]) -> str:
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">'
+    return head + "".join(parts) + "</svg>"

@@ -1,0 +1,56 @@
+"""The accuracy plot as files for papers and READMEs."""
+
+from pathlib import Path
+
+from t3d.errors import T3DError
+from t3d.evaluation.metrics import pareto
+from t3d.report.charts import Series
+
+COLOURS = ("#2563a8", "#8a8f98", "#c2571a", "#2f8f6b", "#8b5cb5", "#a63a50")  # as in page.css, in the light
+
+
+def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> list[Path]:
+    """Write STEM.svg and STEM.png, accuracy in percent against tokens per forward; the same input, the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "t3d", "font.size": 10, "axes.spines.top": False}):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines["right"].set_visible(False)
+        axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+        points = [p for s in series for p in s.points]
+        front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
+        if len(front) > 1:
+            axes.plot([p.x for p in front], [p.y for p in front], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
+        for s in series:
+            ordered = sorted(s.points, key=lambda p: p.x)
+            errors = [[p.y - p.low for p in ordered], [p.high - p.y for p in ordered]]
+            axes.errorbar(
+                [p.x for p in ordered],
+                [p.y for p in ordered],
+                yerr=errors,
+                color=COLOURS[s.colour % len(COLOURS)],
+                marker="o",
+                capsize=2,
+                label=s.name,
+                zorder=2,
+            )
+            for p in ordered:
+                axes.annotate(p.label, (p.x, p.y), (6, 5), textcoords="offset points", fontsize=8, color="#555b64")
+        axes.set_xlabel("tokens per forward")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_ylim(top=102)
+        if title:
+            axes.set_title(title, loc="left")
+        if series:
+            axes.legend(frameon=False)
+        paths = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
+        try:
+            for path in paths:
+                metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+                figure.savefig(path, dpi=160, metadata=metadata)
+        except OSError as error:
+            raise T3DError(f"cannot write {path}: {error.strerror}") from error
+    return paths
