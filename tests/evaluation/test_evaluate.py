@@ -13,7 +13,9 @@ from conftest import make_model
 from trajectory_examples import make_trajectory
 
 from t3d import DecodingConfig, Engine, T3DError
+from t3d.decoding.strategies import STRATEGIES
 from t3d.evaluation import EvalConfig, evaluate, read_summary, summarise, table, write_summary
+from t3d.evaluation.runner import resolve, setting_name
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories import NFE, TrajectoryDataset, read_trajectories
@@ -184,6 +186,24 @@ def test_grid_of_settings():
     assert {c.n for c in grid} == {3}
     assert len(EvalConfig(strategy=both[1:], steps=[2, 1], threshold=[0.8, 0.9], floor="schedule").settings(0)) == 4
     assert len(EvalConfig(steps=[2, 2]).settings(0)) == 1
+    bounds = EvalConfig(strategy=["entropy_bounded_eb", "random"], entropy_bound=[0.1, 0.2], steps=[2]).settings(0)
+    assert [(c.strategy, c.entropy_bound, c.steps) for c in bounds[:2]] == [
+        ("entropy_bounded_eb", 0.1, None),
+        ("entropy_bounded_eb", 0.2, None),
+    ]
+    assert (bounds[2].strategy, bounds[2].steps) == ("random", 2)
+
+
+def test_what_a_strategy_does_not_look_at_does_not_distinguish_settings():
+    model = make_model()
+    static = [DecodingConfig(steps=2), DecodingConfig(steps=2, threshold=0.1, risk=3.0, floor="schedule")]
+    assert resolve(static[0], model) == resolve(static[1], model)
+    dynamic = {"strategy": "low_confidence_dynamic"}
+    assert resolve(DecodingConfig(steps=2, **dynamic), model) == resolve(DecodingConfig(**dynamic), model)
+    scheduled = resolve(DecodingConfig(steps=2, floor="schedule", **dynamic), model)
+    assert scheduled.steps == 2
+    names = {setting_name(resolve(c, model)) for c in EvalConfig(strategy=sorted(STRATEGIES)).settings(0)}
+    assert len(names) == len(EvalConfig(strategy=sorted(STRATEGIES)).settings(0))
 
 
 @pytest.mark.parametrize(
@@ -224,8 +244,8 @@ def test_rows_by_hand():
     assert (teacher.accuracy, student.accuracy) == (1.0, 0.75)
     assert student.ci95 == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert (student.tpf, student.tpf_all, student.nfe, student.nfe_commit) == (1.5, 1.0, 9.0, 2.0)
-    assert (student.threshold, student.tokps, student.tps) == (None, 2.0, None)
-    assert (dynamic.threshold, dynamic.tokps) == (0.8, None)
+    assert (student.knobs, student.tokps, student.tps) == ({}, 2.0, None)
+    assert (dynamic.knobs, dynamic.tokps) == ({"threshold": 0.8, "floor": "one"}, None)
     assert (unverified.accuracy, unverified.ci95, unverified.num_verified) == (None, None, 0)
 
 

@@ -7,6 +7,8 @@ from t3d.decoding.config import DecodingConfig
 from t3d.decoding.strategies import STRATEGIES
 from t3d.errors import T3DError, nearest
 
+KNOBS = tuple(sorted({s.knob.name for s in STRATEGIES.values() if s.knob}))  # what strategies have instead of steps
+
 
 def _help(text: str, **kwargs):
     return field(metadata={"help": text}, **kwargs)
@@ -18,8 +20,11 @@ class EvalConfig:
 
     steps: tuple[int, ...] = _help("denoising steps per block, for strategies with a schedule", default=(4, 2, 1))
     strategy: tuple[str, ...] = _help("unmasking strategies", default=("low_confidence_static",))
-    threshold: tuple[float, ...] = _help("confidence thresholds, for strategies that have one", default=(0.9,))
+    threshold: tuple[float, ...] = _help("confidence thresholds, for low_confidence_dynamic", default=(0.9,))
     floor: str = _help("fewest tokens a dynamic step commits: 'one', or 'schedule' for k_s", default="one")
+    entropy_bound: tuple[float, ...] = _help("bounds in nats, for entropy-bounded strategies", default=(0.35,))
+    factor: tuple[float, ...] = _help("bounds of Fast-dLLM's rule, for factor", default=(1.0,))
+    risk: tuple[float, ...] = _help("wrong tokens a step may expect, for adaptive", default=(0.1,))
     block_size: int | None = _help("tokens per block; default: the model's own", default=None)
     temperature: tuple[float, ...] = _help("0 is greedy", default=(0.0,))
     top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
@@ -33,12 +38,13 @@ class EvalConfig:
     )
 
     def __post_init__(self):
-        for name in ("steps", "strategy", "threshold", "temperature", "seeds", "checkpoints"):
+        lists = ("steps", "strategy", "temperature", *KNOBS)
+        for name in (*lists, "seeds", "checkpoints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome
         for name in self.strategy:
             if name not in STRATEGIES:
                 raise T3DError(f"unknown strategy {name!r}{nearest(name, STRATEGIES)}; known: {', '.join(STRATEGIES)}")
-        for name in ("steps", "strategy", "threshold", "temperature"):
+        for name in lists:
             if not getattr(self, name):
                 raise T3DError(f"{name} is an empty list: give at least one value")
         if self.samples < 1:
@@ -50,21 +56,23 @@ class EvalConfig:
     def settings(self, seed: int) -> list[DecodingConfig]:
         """Every setting of the grid, once; `seed` is used where `seeds` is empty.
 
-        A scheduled strategy varies in steps, a dynamic one in threshold (and in steps where its floor is the schedule).
+        A strategy varies in steps, or in what it has instead: threshold, entropy_bound, factor or risk (and in steps
+        too where its floor is the schedule).
         """
         grid = []
         for name, temperature, base in product(self.strategy, self.temperature, self.seeds or [seed]):
-            scheduled = STRATEGIES[name].scheduled
-            thresholds = [DecodingConfig.threshold] if scheduled else self.threshold
-            steps = self.steps if scheduled or self.floor == "schedule" else [None]
-            for threshold, count in product(thresholds, steps):
+            knob = STRATEGIES[name].knob
+            floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
+            steps = self.steps if knob is None or floor == "schedule" else [None]
+            values = [{knob.name: value} for value in getattr(self, knob.name)] if knob else [{}]
+            for value, count in product(values, steps):
                 grid.append(
                     DecodingConfig(
+                        **value,
                         block_size=self.block_size,
                         steps=count,
                         strategy=name,
-                        threshold=threshold,
-                        floor="one" if scheduled else self.floor,
+                        floor=floor,
                         temperature=temperature,
                         top_k=self.top_k,
                         top_p=self.top_p,

@@ -22,8 +22,7 @@ class EvalRow:
     block_size: int
     steps: int
     strategy: str
-    threshold: float | None  # None for strategies with a schedule
-    floor: str | None
+    knobs: dict  # what a strategy has instead of steps, e.g. {"threshold": .9, "floor": "one"}; empty without
     temperature: float
     seed: int
     num_problems: int
@@ -33,7 +32,7 @@ class EvalRow:
     ci95: tuple[float, float] | None  # Wilson; with several samples per problem: bootstrap over problems
     pass_at: dict[str, float]  # "1", "2", "4", ... up to `samples`; empty for one sample
     majority: float | None  # accuracy of the most frequent answer of each problem
-    tokps: float | None  # nominal tokens per step; None for dynamic strategies
+    tokps: float | None  # nominal tokens per step; None for strategies with a knob
     tpf: float  # tokens per forward that denoises
     tpf_all: float  # tokens per forward, prefill and commit included
     tps: float | None  # tokens per second of decoding
@@ -56,7 +55,10 @@ class EvalRow:
 
 def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **fields) -> EvalRow:
     """The row of one setting. `config` is resolved (block size and steps set); `fields` go into the row as they are."""
-    scheduled = STRATEGIES[config.strategy].scheduled
+    knob = STRATEGIES[config.strategy].knob
+    knobs = {knob.name: getattr(config, knob.name)} if knob else {}
+    if "threshold" in knobs:
+        knobs["floor"] = config.floor
     totals, seconds, truncated = Speed(), 0.0, 0
     problems: dict[str, list[tuple[bool | None, str | None]]] = {}  # (verdict, answer) of each sample
     for t in trajectories:
@@ -71,14 +73,13 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         block_size=config.block_size,
         steps=config.steps,
         strategy=config.strategy,
-        threshold=None if scheduled else config.threshold,
-        floor=None if scheduled else config.floor,
+        knobs=knobs,
         temperature=config.temperature,
         seed=config.seed,
         num_problems=len(problems),
         samples=max((len(group) for group in problems.values()), default=0),
         **_verdicts(problems),
-        tokps=tokps(config.block_size, config.steps) if scheduled else None,
+        tokps=None if knob else tokps(config.block_size, config.steps),
         tpf=totals.tpf,
         tpf_all=totals.tpf_all,
         tps=totals.tokens / seconds if seconds > 0 else None,
@@ -121,20 +122,18 @@ def percent(value: float | None) -> str:
 
 def setting(row: dict) -> str:
     """A row's decode setting in a few words: `2 steps`, `dynamic 0.9`."""
-    if row.get("threshold") is None:
-        text = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
-        return text if row["strategy"] == "low_confidence_static" else f"{row['strategy']} {text}"
+    steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
     name = row["strategy"].removeprefix("low_confidence_")
-    return f"{name} {row['threshold']:g}" + (f", {row['steps']} steps" if row["floor"] == "schedule" else "")
+    values = " ".join(f"{value:g}" for value in row.get("knobs", {}).values() if isinstance(value, float | int))
+    if not values:
+        return steps if name == "static" else f"{name} {steps}"
+    return f"{name} {values}" + (f", {steps}" if row["knobs"].get("floor") == "schedule" else "")
 
 
 # title, justification, text of a row; both the terminal and the Markdown table are made of these
 COLUMNS = (
     ("model", "left", lambda r: r["model"]),
-    ("objective", "left", lambda r: r["objective"] or "–"),
     ("setting", "left", setting),
-    ("T", "right", lambda r: f"{r['temperature']:g}"),
-    ("n", "right", lambda r: str(r["num_problems"])),
     ("accuracy %", "right", lambda r: percent(r["accuracy"])),
     ("95%", "left", lambda r: f"{percent(r['ci95'][0])}–{percent(r['ci95'][1])}" if r["ci95"] else "–"),
     ("TokPS", "right", lambda r: "–" if r["tokps"] is None else f"{r['tokps']:g}"),
@@ -144,6 +143,9 @@ COLUMNS = (
     ("NFE", "right", lambda r: f"{r['nfe']:.1f}"),
     ("length", "right", lambda r: f"{r['mean_length']:.1f}"),
     ("cut %", "right", lambda r: percent(r["truncated"])),
+    ("n", "right", lambda r: str(r["num_problems"])),
+    ("T", "right", lambda r: f"{r['temperature']:g}"),
+    ("objective", "left", lambda r: r["objective"] or "–"),
 )
 
 

@@ -19,6 +19,7 @@ from t3d.decoding.sampling import derive_seed
 from t3d.decoding.strategies import STRATEGIES
 from t3d.engine import Engine, FinishedEvent
 from t3d.errors import T3DError
+from t3d.evaluation.config import KNOBS
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
 from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
@@ -168,20 +169,22 @@ def resolve(config: DecodingConfig, model) -> DecodingConfig:
     steps = config.steps or block
     if steps > block:
         raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
-    if STRATEGIES[config.strategy].scheduled:
-        config = replace(config, threshold=DecodingConfig.threshold, floor=DecodingConfig.floor)
-    elif config.floor != "schedule":
-        steps = block
-    return replace(config, block_size=block, steps=steps)
+    knob = STRATEGIES[config.strategy].knob
+    used = {knob.name} if knob else {"steps"}
+    if "threshold" in used:
+        used |= {"floor", "steps"} if config.floor == "schedule" else {"floor"}
+    unused = {name: getattr(DecodingConfig, name) for name in {*KNOBS, "floor"} - used}
+    return replace(config, **unused, block_size=block, steps=steps if "steps" in used else block)
 
 
 def setting_name(config: DecodingConfig) -> str:
     """Folder of a resolved setting: what distinguishes the points of a grid."""
     parts = [f"block{config.block_size}", config.strategy]
-    if STRATEGIES[config.strategy].scheduled:
+    knob = STRATEGIES[config.strategy].knob
+    if knob is None:
         parts.append(f"steps{config.steps}")
     else:
-        parts.append(f"threshold{config.threshold:g}")
+        parts.append(f"{knob.name}{getattr(config, knob.name):g}")
         if config.floor == "schedule":
             parts.append(f"floor{config.steps}")
     if config.temperature > 0:

@@ -1,5 +1,6 @@
 """RUN/summary.json: the rows of a run and what they were made with."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -68,6 +69,11 @@ def aup_by_model(rows: list[dict]) -> dict[str, float]:
     for row in rows:
         if row["accuracy"] is not None:
             curves.setdefault(series(row), []).append((row["tpf"], 100 * row["accuracy"]))
+    return aup_by_curve(curves)
+
+
+def aup_by_curve(curves: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """AUP of each curve of (TPF, accuracy in percent), all against the best accuracy among them."""
     best = max((y for points in curves.values() for _, y in points), default=0.0)
     return {name: aup(points, best) for name, points in curves.items()}
 
@@ -83,5 +89,6 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(out.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise T3DError(f"cannot write {path}: {error.strerror}") from error
