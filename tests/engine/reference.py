@@ -1,5 +1,7 @@
 """A plain sampler, written for clarity: one sequence, everything recomputed from scratch at every step."""
 
+import math
+
 import torch
 
 from t3d.blocks import block_causal_mask
@@ -16,24 +18,56 @@ def reference_logits(model, ids, block_size):
 
 
 def reference_draw(logits, config, u):
-    """One token and its confidence from the logits of one position, by the definitions."""
+    """(token, confidence, entropy) from the logits of one position, by the definitions."""
     p = logits.softmax(-1)
+    entropy = -float(sum(x * math.log(x) for x in p.tolist() if x > 0))
     if config.temperature == 0:
         token = int(logits.argmax())
-        return token, float(p[token])
+        return token, float(p[token]), entropy
     q = (logits / config.temperature).softmax(-1)
-    ranked = q.argsort(descending=True, stable=True)
     if config.top_k or config.top_p < 1:
-        kept = ranked[: config.top_k or None]
+        kept = q.argsort(descending=True, stable=True)[: config.top_k or None]
         q_kept = q[kept] / q[kept].sum()
-        before = q_kept.cumsum(0) - q_kept
-        kept = kept[before < config.top_p]
+        kept = kept[q_kept.cumsum(0) - q_kept < config.top_p]
     else:
         kept = torch.arange(len(q))
     weights = q[kept] / q[kept].sum()
-    index = int((weights.cumsum(0) <= u * weights.sum()).sum())
-    token = int(kept[min(index, len(kept) - 1)])
-    return token, float(weights[index] if config.confidence == "sampling" else p[token])
+    index = min(int((weights.cumsum(0) <= u * weights.sum()).sum()), len(kept) - 1)
+    token = int(kept[index])
+    return token, float(weights[index] if config.confidence == "sampling" else p[token]), entropy
+
+
+def reference_choice(drawn, config, quota, random_numbers):
+    """Positions to commit. drawn: {position: (token, confidence, entropy)} of the masked ones, from left to right."""
+    masked = list(drawn)
+    best = sorted(masked, key=lambda p: -drawn[p][1])
+    surest = sorted(masked, key=lambda p: drawn[p][2])
+    name = config.strategy
+    if name == "low_confidence_static":
+        return best[:quota]
+    if name == "low_confidence_dynamic":
+        floor = quota if config.floor == "schedule" else 1
+        return [p for p in masked if drawn[p][1] > config.threshold or p in best[:floor]]
+    if name == "sequential":
+        return masked[:quota]
+    if name == "random":
+        return sorted(masked, key=lambda p: -random_numbers[p])[:quota]
+    if name == "adaptive":
+        doubt = sum(1 - drawn[p][1] for p in masked)
+        steps = min(max(math.ceil(doubt / config.risk), 1), len(masked))
+        return best[: math.ceil(len(masked) / steps)]
+    count = 1
+    for n in range(1, len(masked) + 1):
+        entropies = [drawn[p][2] for p in surest[:n]]
+        if (
+            (name == "factor" and (n + 1) * (1 - drawn[best[n - 1]][1]) < config.factor)
+            or (name == "entropy_bounded_sdar" and sum(entropies) < config.entropy_bound)
+            or (name == "entropy_bounded_eb" and sum(entropies) - max(entropies) <= config.entropy_bound)
+        ):
+            count = n
+    if count == 1 and name == "entropy_bounded_sdar" and drawn[surest[0]][2] >= config.entropy_bound:
+        return best[:1]  # nothing is sure enough: the most confident
+    return (best if name == "factor" else surest)[:count]
 
 
 @torch.no_grad()
@@ -52,19 +86,13 @@ def reference_decode(model, prompt, config, seed, stop_ids=()):
                 break
             logits = reference_logits(model, ids, block_size)
             forwards += 1
-            drawn = {}
-            for p in masked:
-                u = float(uniform(torch.tensor([seed]), torch.tensor([p]), torch.tensor([step])))
-                drawn[p] = reference_draw(logits[p], config, u)
+
+            def number(p, step=step, stream=0):
+                return float(uniform(*(torch.tensor([x]) for x in (seed, p, step)), stream=stream))
+
+            drawn = {p: reference_draw(logits[p], config, number(p)) for p in masked}
             quota = block_size // steps + (1 if step < block_size % steps else 0)
-            best = sorted(masked, key=lambda p: -drawn[p][1])
-            if config.strategy == "low_confidence_static":
-                chosen = best[:quota]
-            else:
-                floor = quota if config.floor == "schedule" else 1
-                above = [p for p in masked if drawn[p][1] > config.threshold]
-                chosen = set(above) | set(best[: max(floor, 1)])
-            for p in chosen:
+            for p in reference_choice(drawn, config, quota, {p: number(p, stream=1) for p in masked}):
                 ids[p] = drawn[p][0]
                 committed[p] = (step, drawn[p][1])
         step_map += [committed[p][0] for p in range(first, len(ids))]

@@ -1,3 +1,4 @@
+from t3d.decoding.calibration import calibrate, load_decoding, save_decoding, tokens_per_forward
 from t3d.decoding.config import DecodingConfig
 
-__all__ = ["DecodingConfig"]
+__all__ = ["DecodingConfig", "calibrate", "load_decoding", "save_decoding", "tokens_per_forward"]

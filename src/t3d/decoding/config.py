@@ -21,6 +21,9 @@ class DecodingConfig:
     )
     threshold: float = _help("confidence above which a dynamic strategy commits", default=0.9)
     floor: str = _help("fewest tokens a dynamic step commits: 'one', or 'schedule' for k_s", default="one")
+    entropy_bound: float = _help("nats that an entropy-bounded step may commit", default=0.35)
+    factor: float = _help("the bound f of Fast-dLLM's factor rule", default=1.0)
+    risk: float = _help("wrong tokens an adaptive step may expect; t3d.decoding.calibrate() chooses it", default=0.1)
     confidence: str = _help("measured on the 'untempered' distribution or the 'sampling' one", default="untempered")
     temperature: float = _help("0 is greedy", default=0.0)
     top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
@@ -51,6 +54,8 @@ class DecodingConfig:
             self.confidence in ("untempered", "sampling"),
             f"confidence is 'untempered' or 'sampling', got {self.confidence!r}",
         )
+        for name in ("entropy_bound", "factor", "risk"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         check(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")

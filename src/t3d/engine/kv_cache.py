@@ -7,6 +7,7 @@ a page is a batch row of a strided view, so that reading copies nothing. Pages i
 import heapq
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -92,3 +93,16 @@ class KVCache:
         _, _, heads, dim = self.data[layer].shape
         view = self.data[layer][: pages * self.page_size].view(pages, self.page_size, 2, heads, dim)[:, :length]
         return view[:, :, 0].transpose(1, 2), view[:, :, 1].transpose(1, 2)
+
+
+def cache_shape(config) -> tuple[int, int, int]:
+    """(layers, key-value heads, head dimension) of a transformers config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, head_dim
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -94,6 +94,24 @@ class Sequence:
             self.commit += 1
         self.cached = self.base if span.denoise else span.end
 
+    def end(self, first: int, tokenizer) -> tuple[int, str] | None:
+        """(length, finish reason) if the sequence ends with its newest block, `first .. base`; None if it goes on.
+
+        A stop token counts, a stop string's tokens too; what comes after `max_tokens` does not.
+        """
+        prompt, most = len(self.request.prompt_ids), self.request.config.max_tokens
+        new = self.tokens[prompt : self.base].tolist()
+        stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
+        lengths = [stops[0] + 1] if stops else []
+        for string in self.request.config.stop:
+            if string in tokenizer.decode(new[:most]):
+                # nothing before this block held it, so it ends inside this block
+                ends = range(first - prompt + 1, min(len(new), most) + 1)
+                lengths += [next((n for n in ends if string in tokenizer.decode(new[:n])), ends[-1])]
+        if lengths:
+            return min(lengths), "stop"
+        return (most, "length") if len(new) >= most else None
+
     def trajectory(self, length: int, finish_reason: str, text: str | None) -> Trajectory:
         first, last = len(self.request.prompt_ids), self.base
         return Trajectory(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t3d.engine.attention import SpanAttention
-from t3d.engine.kv_cache import KVCache
+from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Span
 
 
@@ -56,8 +56,8 @@ class Runner:
     def __init__(self, model: nn.Module):
         self.model = model
         config = model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.heads = config.num_attention_heads
+        _, self.kv_heads, self.head_dim = cache_shape(config)
         self.groups = self.heads // self.kv_heads
         self.eps = config.rms_norm_eps
         self.refresh()
@@ -108,16 +108,17 @@ class Runner:
         for span in order:
             offset[id(span)] = token - span.start
             token += span.length
-        select = [wanted(s) + offset[id(s)] for s in spans]
-        hidden = self._layers(cache, attention, ids, positions, slots)
-        hidden = hidden.index_select(0, torch.from_numpy(np.concatenate(select)))
+        select = torch.from_numpy(np.concatenate([wanted(s) + offset[id(s)] for s in spans]))
+        hidden = self._layers(cache, attention, ids, positions, slots, select)
         return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.model.model.norm.weight, self.eps)).float()
 
-    def _layers(self, cache, attention, ids, positions, slots) -> Tensor:
+    def _layers(self, cache, attention, ids, positions, slots, select) -> Tensor:
+        """Hidden states of the selected tokens; of the others the last layer computes keys and values only."""
         heads, both, dim = self.heads, self.heads + self.kv_heads, self.head_dim
         h = F.embedding(ids, self.model.model.embed_tokens.weight)  # (tokens, width)
         width = h.shape[-1:]
         cos, sin = self._rotary(positions)
+        last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = F.rms_norm(h, width, layer.input_norm, self.eps)
             qkv = layer.qkv(x).view(len(ids), both + self.kv_heads, dim)
@@ -125,7 +126,10 @@ class Runner:
             qk = qk * cos + _rotate(qk) * sin
             new = torch.cat([qk[:, heads:], qkv[:, both:]], dim=1).view(len(ids), 2, self.kv_heads, dim)
             cache.data[number].index_copy_(0, slots, new)
-            h = h + layer.out(attention(number, qk[:, :heads]).reshape(len(ids), heads * dim))
+            x = attention(number, qk[:, :heads]).reshape(len(ids), heads * dim)
+            if number == last:
+                h, x = h.index_select(0, select), x.index_select(0, select)
+            h = h + layer.out(x)
             h = h + layer.mlp(F.rms_norm(h, width, layer.post_norm, self.eps))
         return h
 
