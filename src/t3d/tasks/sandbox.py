@@ -99,11 +99,11 @@ class Sandbox:
         deadline = time.monotonic() + wall(seconds)
         with _Process(self.isolation, "script", {"program": program}, seconds, output=True, stdin=given) as process:
             printed = process.read(deadline, cap)
-            code = process.exit_code(grace=max(0.0, deadline - time.monotonic())) if printed is not None else None
-        if printed is None or code is None or code in _TIME:
+            if printed is not None and len(printed) > cap:
+                return f"more than {cap} bytes of output"
+            code = process.exit_code(max(0.0, deadline - time.monotonic()) if printed is not None else 0.0)
+        if code is None or code in _TIME:
             return f"out of time ({seconds:g} s)"
-        if len(printed) > cap:
-            return f"more than {cap} bytes of output"
         if code != 0:
             return f"ended with exit code {code}"
         if printed.decode("utf-8", "replace").split() != expected.split():
@@ -148,7 +148,7 @@ class _Process:
             given.write((stdin or "").encode("utf-8", "replace"))
             given.seek(0)
             self.process = subprocess.Popen(
-                [*_prefix(isolation), sys.executable, "-s", "-S", "-c", CHILD, str(jobs.fileno())],
+                [*_prefix(isolation), os.path.realpath(sys.executable), "-s", "-S", "-c", CHILD, str(jobs.fileno())],
                 stdin=given if stdin is not None else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if output else subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -215,17 +215,24 @@ def _prefix(isolation: str) -> list[str]:
 
 @cache
 def _isolation() -> tuple[str, str]:
-    """The first way to isolate that works here ("namespaces", "bwrap" or "none"), and why the others did not."""
+    """The first way to isolate that works here ("namespaces", "bwrap" or "none"), and why those before it did not."""
     reasons = []
     for isolation in ("namespaces", "bwrap"):
-        if isolation == "bwrap" and shutil.which("bwrap") is None:
-            reasons.append("bubblewrap is not installed")
-            continue
-        job = {"program": "import socket, os\nprint(len(os.listdir('/tmp')), os.getpid() < 9)"}
-        with _Process(isolation, "script", job, 5.0, output=True, stdin="") as process:
-            printed = process.read(time.monotonic() + 30)
-            code = process.exit_code(5)
-        if code == 0 and printed == b"0 True\n":
-            return isolation, ""
-        reasons.append(f"{isolation}: {(printed or b'').decode('utf-8', 'replace').strip() or f'exit code {code}'}")
+        failure = _try(isolation)
+        if not failure:
+            return isolation, "; ".join(reasons)
+        reasons.append(f"{isolation}: {failure}")
     return "none", "; ".join(reasons)
+
+
+def _try(isolation: str) -> str:
+    """Why `isolation` does not work here; empty if it does."""
+    if isolation == "bwrap" and shutil.which("bwrap") is None:
+        return "not installed"
+    job = {"program": "import os\nprint(len(os.listdir('/tmp')), os.getpid() < 9)"}
+    with _Process(isolation, "script", job, 5.0, output=True, stdin="") as process:
+        printed = process.read(time.monotonic() + 30) or b""
+        code = process.exit_code(5)
+    if code == 0 and printed == b"0 True\n":
+        return ""
+    return " ".join(printed.decode("utf-8", "replace").split()) or f"exit code {code}"

@@ -1,0 +1,290 @@
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hostile_programs import HOSTILE, SLOW
+
+from t3d.errors import T3DError
+from t3d.tasks import sandbox
+from t3d.tasks.sandbox import Sandbox, _isolation
+
+ISOLATION, WHY = _isolation()
+SQUARE = "def f(x):\n    return x * x\n"
+isolated = pytest.mark.skipif(ISOLATION == "none", reason=f"no isolation here: {WHY}")
+
+
+@pytest.fixture
+def box():
+    return Sandbox(allow_unsandboxed=True)
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    monkeypatch.setattr(sandbox, "START", 1.0)
+    monkeypatch.setattr(sandbox, "wall", lambda seconds: 6.0)
+
+
+def test_verdicts(box):
+    tests = ["assert f(2) == 4", "assert f(3) == 10", "assert f(-1) == 1"]
+    outcome = box.function(SQUARE, tests)
+    assert outcome.passed == (True, False, True)
+    assert not outcome.ok
+    assert outcome.reason == "test 2: AssertionError"
+    assert box.function(SQUARE, tests[:1]).ok
+    assert not box.function(SQUARE, []).ok  # nothing was tested
+    assert [box.function(SQUARE, tests) for _ in range(3)] == [outcome] * 3
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+@isolated
+def test_hostile_programs_fail_cleanly(box, hurry, attack):
+    outcome = box.function(HOSTILE[attack], ["assert f(2) == 4"])
+    assert outcome.passed == (False,)
+    assert outcome.reason
+    assert "\n" not in outcome.reason
+
+
+@pytest.mark.parametrize("attack", SLOW)
+@isolated
+def test_programs_without_end_are_stopped(box, hurry, attack):
+    before, start = _processes(), time.perf_counter()
+    outcome = box.function(SLOW[attack], ["assert f(2) == 4"])
+    assert outcome.passed == (False,)
+    assert time.perf_counter() - start < 15
+    assert _fewer_than(before + 1)  # nothing of it is left
+
+
+def _fewer_than(count: int, seconds: float = 10.0) -> bool:
+    """Waits until so many sandboxed processes are left: the kernel takes them down in its own time."""
+    deadline = time.monotonic() + seconds
+    while _processes() >= count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return _processes() < count
+
+
+def _processes() -> int:
+    """Processes of the users that sandboxes run as, or, where they run as us, interpreters with our text."""
+    count = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = b"sandbox_child" in (entry / "cmdline").read_bytes() or entry.stat().st_uid >= 1 << 30
+            count += ours and "Z" not in (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+    return count
+
+
+LOOKS_OUT = """
+import os, socket
+def writes(paths):
+    done = []
+    for path in paths:
+        try:
+            open(path, "w").write("x")
+            done.append(path)
+        except OSError:
+            pass
+    return done
+def reads(paths):
+    return [path for path in paths if os.path.exists(path)]
+def environment():
+    found = dict(os.environ)
+    for pid in ["self", *range(1, 50)]:
+        try:
+            found[pid] = open(f"/proc/{pid}/environ").read()
+        except OSError:
+            pass
+    return found
+def connects(port):
+    for family, address in ((socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET, ("1.1.1.1", 53))):
+        try:
+            with socket.socket(family) as s:
+                s.settimeout(2)
+                s.connect(address)
+                return True
+        except OSError:
+            pass
+    return False
+def rights():
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    tries = [libc.unshare(0x10000000), libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.chroot(b"/tmp")]
+    return [*tries, libc.setgroups(0, None), libc.sethostname(b"x", 1)]
+def big():
+    with open("/tmp/big", "wb") as f:
+        for _ in range(200):
+            f.write(bytes(1 << 20))
+"""
+
+
+@isolated
+def test_a_program_sees_and_reaches_nothing(box, tmp_path, monkeypatch):
+    import socket
+
+    monkeypatch.setenv("T3D_SECRET", "hunter2")
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    home = str(Path.home())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outside = [str(tmp_path / "new"), str(secret), home + "/x", "/usr/x", "/etc/x", sys.prefix + "/x"]
+        hidden = [str(tmp_path), home + "/.bashrc", "/etc/passwd", "/proc/1", "/sys", str(Path.cwd())]
+        tests = [
+            f"assert writes({outside!r}) == []",
+            f"assert reads({hidden!r}) == []",
+            "assert environment() == {}",
+            f"assert connects({server.getsockname()[1]}) is False",
+            "assert rights() == [-1] * 5",
+            "assert writes(['/tmp/mine']) == ['/tmp/mine']",
+            "try:\n    big()\nexcept OSError:\n    pass\nelse:\n    raise AssertionError('no limit')",
+        ]
+        outcome = box.function(LOOKS_OUT, tests, seconds=5)
+    assert outcome.ok, outcome
+    assert secret.read_text() == "x"
+    assert not (tmp_path / "new").exists()
+    assert not Path("/tmp/mine").exists()
+
+
+def test_names_of_the_program_do_not_reach_the_checker(box):
+    cheat = (
+        "def abs(x): return 0\ndef sorted(x): return [1]\nclass math:\n    isclose = staticmethod(lambda a, b: True)\n"
+    )
+    tests = ["assert abs(f(2) - 4) < 1", "assert sorted([f(2)]) == [4]", "import math\nassert math.isclose(f(2), 4)"]
+    for text in ("5", "[5]"):
+        assert box.function(cheat + f"def f(x): return {text}", tests).passed == (False,) * 3
+    assert box.function(cheat + SQUARE, tests).ok
+    helper = "def double(x): return 2 * x\n"
+    assert not box.function("def double(x): return 7\ndef f(x): return 7", ["assert f(2) == double(2)"], helper).ok
+    assert box.function("def double(x): return 7\ndef f(x): return 4", ["assert f(2) == double(2)"], helper).ok
+    assert box.function("def sum(a, b): return a * b", ["assert sum(2, 3) == 6"], entry=["sum"]).ok
+
+
+def test_values_come_through(box):
+    program = """
+import collections, math, re
+from fractions import Fraction
+from math import isclose
+class Node:
+    def __init__(self, value): self.value, self.left = value, None
+    def double(self): return 2 * self.value
+def depth(node): return 0 if node is None else 1 + depth(node.left)
+def same(x, **named): return named.get("y", x)
+def count(n): yield from range(n)
+def grow(items): items.append(len(items))
+def fails(kind): raise {"v": ValueError, "k": KeyError}[kind]("no")
+Point = collections.namedtuple("Point", "x y")
+LIMIT = 7
+"""
+    values = (
+        "None, True, 2, 2**200, 0.1, 'é\\u2028\"', (1, (2,)), {1, 2}, frozenset({3}), {(1, 2): [3]}, 1j, b'x', range(3)"
+    )
+    tests = [
+        f"for v in [{values}]:\n    w = same(v)\n    assert w == v and type(w) is type(v), v",
+        "assert same(float('inf')) == float('inf') and str(same(float('nan'))) == 'nan'",
+        "assert same(1, y=2) == 2 and LIMIT == 7",
+        "a = Node(1); a.left = Node(2); a.left.left = Node(3)\nassert depth(a) == 3",
+        "assert a.left.value == 2 and a.left.left.double() == 6",
+        "assert list(count(3)) == [0, 1, 2] and Point(1, 2) == (1, 2)",
+        "x = [5]; grow(x); grow(x)\nassert x == [5, 1, 2]",
+        "try:\n    fails('v')\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    raise AssertionError",
+        "assert math.pi > 3 and isclose(1, 1 + 1e-12) and re.match('a', 'ab')",
+        "assert same(int) is int",
+    ]
+    outcome = box.function(program, tests, seconds=5)
+    assert outcome.passed == (True,) * len(tests), outcome
+
+
+def test_scripts(box):
+    add = "a, b = map(int, input().split())\nprint(a + b)\n"
+    assert box.script(add, ["2 3\n", "10 20"], ["5\n", "30"]).ok
+    assert box.script("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit()", ["2 3"], ["5"]).ok
+    assert box.script("if __name__ == '__main__':\n    print(5)", [""], [" 5 \n\n"]).ok
+    big = "1 " * 300_000
+    assert box.script("print(input())", [big], [big]).ok
+    assert box.script("print(open(0).read())", ["x"], ["x"]).ok
+    outcome = box.script(add, ["2 3", "1 1", "2 2"], ["5", "3", "4"])
+    assert outcome.passed == (True, False, False)
+    assert outcome.reason == "test 2: printed '2'"
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("print(5)\n1/0", "ended with exit code 1"),
+        ("import sys\nprint(5)\nsys.exit(3)", "ended with exit code 3"),
+        ("", "printed ''"),
+        ("print(5", "ended with exit code 1"),
+        ("while True: print('x' * 1000)", "bytes of output"),
+        ("while True: pass", "out of time"),
+        ("import time\ntime.sleep(99)", "out of time"),
+        ("import os\nif os.fork(): print(5)\nelse:\n    while True: pass", ""),
+        ("x = bytearray(1 << 34)\nprint(5)", "ended with exit code 1"),
+    ],
+)
+@isolated
+def test_bad_scripts(box, hurry, program, reason):
+    outcome = box.script(program, [""], ["5"])
+    assert outcome.ok is (reason == "")
+    assert reason in outcome.reason
+
+
+def test_many_at_once_give_the_same(box):
+    programs = [SQUARE, "def f(x): return 5", "exit(0)", "def f(x): return [x"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(lambda program: box.function(program, ["assert f(2) == 4"]), programs))
+    assert [outcome.ok for outcome in outcomes] == [True, False, False, False] * 4
+    assert outcomes[:4] == outcomes[4:8] == outcomes[8:12] == outcomes[12:]
+
+
+def test_no_isolation_needs_a_flag(monkeypatch):
+    monkeypatch.setattr(
+        sandbox, "_isolation", lambda: ("none", "namespaces: not permitted; bubblewrap is not installed")
+    )
+    with pytest.raises(T3DError, match=r"not permitted.*task\.allow_unsandboxed=true"):
+        Sandbox()
+    box = Sandbox(allow_unsandboxed=True)
+    assert box.function(SQUARE, ["assert f(2) == 4"]).ok
+    assert box.script("print(1)", [""], ["1"]).ok
+    for name in ("exit(0)", "claims to equal all", "patches the checker", "writes a report on every descriptor"):
+        assert box.function(HOSTILE[name], ["assert f(2) == 4"]).passed == (False,)
+
+
+def test_bubblewrap(monkeypatch):
+    real = sandbox._try
+    monkeypatch.setattr(sandbox, "_try", lambda name: "not tried" if name == "namespaces" else real(name))
+    _isolation.cache_clear()
+    try:
+        if _isolation()[0] != "bwrap":
+            pytest.skip("bubblewrap does not work here: " + _isolation()[1])
+        box = Sandbox()
+        assert box.function(SQUARE, ["assert f(2) == 4"]).ok
+        paths = [str(Path.home() / ".bashrc"), "/etc/passwd", str(Path.cwd())]
+        assert box.function(LOOKS_OUT, [f"assert reads({paths!r}) == []", "assert environment() == {}"], seconds=5).ok
+        assert box.function(LOOKS_OUT, ["assert writes(['/usr/x']) == [] and connects(1) is False"], seconds=5).ok
+        for name in ("exit(0)", "memory bomb", "kills its neighbours"):
+            assert not box.function(HOSTILE[name], ["assert f(2) == 4"]).ok
+    finally:
+        _isolation.cache_clear()
+
+
+def test_nothing_outlives_a_killed_parent(tmp_path):
+    if ISOLATION == "none":
+        pytest.skip(WHY)
+    mark = "x" * 37 + str(os.getpid())
+    code = (
+        "from t3d.tasks.sandbox import Sandbox\n"
+        f"Sandbox().function('import time\\n{mark} = 1\\ntime.sleep(600)', ['assert f(2) == 4'], seconds=60)\n"
+    )
+    before = _processes()
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while _processes() <= before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _processes() > before
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    assert _fewer_than(before + 1)
