@@ -25,6 +25,15 @@ class Comparison:
         return self.both + self.only_a + self.only_b + self.neither
 
 
+def reference_row(rows: list[dict]) -> dict | None:
+    """The row that others are compared with: the teacher's with the most steps, else the one of highest accuracy."""
+    verified = [row for row in rows if row["accuracy"] is not None]
+    teachers = [row for row in verified if row["model"] == "teacher" and not row["knobs"]]
+    if teachers:
+        return max(teachers, key=lambda row: row["steps"])
+    return max(verified, key=lambda row: row["accuracy"], default=None)
+
+
 def compare(a: Iterable[Trajectory], b: Iterable[Trajectory]) -> Comparison:
     """Paired comparison on the problems that `a` and `b` share (e.g. two `TrajectoryDataset`s of evaluations).
 

@@ -130,6 +130,12 @@ def setting(row: dict) -> str:
     return f"{name} {values}" + (f", {steps}" if row["knobs"].get("floor") == "schedule" else "")
 
 
+def row_name(row: dict) -> str:
+    """A row in a few words, unlike any other of the same evaluation: `student, 2 steps`."""
+    sampled = f", T={row['temperature']:g}, seed {row['seed']}" if row["temperature"] else ""
+    return f"{row['model']}, {setting(row)}{sampled}"
+
+
 # title, justification, text of a row; both the terminal and the Markdown table are made of these
 COLUMNS = (
     ("model", "left", lambda r: r["model"]),
@@ -145,6 +151,7 @@ COLUMNS = (
     ("cut %", "right", lambda r: percent(r["truncated"])),
     ("n", "right", lambda r: str(r["num_problems"])),
     ("T", "right", lambda r: f"{r['temperature']:g}"),
+    ("seed", "right", lambda r: str(r["seed"])),
     ("objective", "left", lambda r: r["objective"] or "–"),
 )
 

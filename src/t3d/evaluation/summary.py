@@ -54,12 +54,12 @@ def read_summary(path: Path | str) -> dict:
 
 
 def series(row: dict) -> str:
-    """The curve that a row is a point of: one model, unmasking strategy, temperature and seed."""
+    """The curve that a row is a point of: one model, unmasking strategy and, where it samples, temperature and seed."""
     parts = [row["model"]]
     if row["strategy"] != "low_confidence_static":
         parts.append(row["strategy"].removeprefix("low_confidence_"))
     if row["temperature"]:
-        parts.append(f"T={row['temperature']:g}")
+        parts += [f"T={row['temperature']:g}", f"seed {row['seed']}"]
     return ", ".join(parts)
 
 

@@ -107,7 +107,7 @@ def _headline(rows: list[Row]) -> str:
         if f - t >= 1:
             closed = f"closes {100 * (s - t) / (f - t):.0f}% of the gap to the teacher at {full.setting}"
         cards.append(
-            f'<div class="card"><h3>{escape(name)} per block</h3>'
+            f'<div class="card"><h3>{escape(name)}{"" if student.values["knobs"] else " per block"}</h3>'
             f'<p class="big"><span class="from">{t:.1f}</span><span class="arrow"> → </span>{s:.1f}<small>%</small></p>'
             f'<div class="bar" role="img" aria-label="teacher {t:.1f}%, student {s:.1f}%, of {f:.1f}% at full steps">'
             f'<i class="student" style="width:{s:.1f}%"></i><i class="teacher" style="width:{t:.1f}%"></i>'
@@ -116,6 +116,7 @@ def _headline(rows: list[Row]) -> str:
         )
     if not cards:
         return ""
+    cards = cards[:6]
     note = (
         f"Accuracy of the teacher → of the student; the line marks the teacher at {full.setting} "
         f"({percent(full.values['accuracy'])}%)."

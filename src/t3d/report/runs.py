@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from t3d.errors import T3DError
+from t3d.evaluation.compare import reference_row
 from t3d.evaluation.rows import EXTRACTED, REASON, setting
 from t3d.evaluation.summary import read_summary, series
 from t3d.report.tokens import token_texts
@@ -98,12 +99,9 @@ def _curves(run: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def reference(rows: list[Row]) -> Row | None:
-    """The row that others are compared with: the teacher with the most steps, else the best one."""
-    verified = [row for row in rows if row.values["accuracy"] is not None]
-    teachers = [row for row in verified if row.values["model"] == "teacher"]
-    if teachers:
-        return max(teachers, key=lambda row: row.values["steps"])
-    return max(verified, key=lambda row: row.values["accuracy"], default=None)
+    """The row that others are compared with."""
+    base = reference_row([row.values for row in rows])
+    return next((row for row in rows if row.values is base), None)
 
 
 def choose_problems(rows: list[Row], count: int) -> list[tuple[str, int]]:
