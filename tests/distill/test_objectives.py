@@ -131,6 +131,27 @@ def test_sft_is_block_diffusion_cross_entropy(seed):
     assert float(loss) == pytest.approx(sum(blocks.values()) / len(blocks), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_soft_is_the_divergence_to_the_reference(kind, top_k):
+    _, config, batch = make_case(3, objective="soft", soft_divergence=kind, soft_top_k=top_k)
+    student, reference = make_model(seed=1), make_model(seed=2)
+    loss, _ = OBJECTIVES["soft"].loss(batch, run(student, batch), run(reference, batch), config, MASK)
+    q, p = (dense_logprobs(m, batch).detach().exp().flatten(0, 1)[batch.select] for m in (student, reference))
+    total = 0.0
+    for qi, pi in zip(q, p, strict=True):
+        kept = [v for v in range(64) if v != MASK]
+        if top_k:
+            kept = sorted(kept, key=lambda v: -float(pi[v]))[:top_k]
+        qi, pi = ([float(x[v]) / sum(float(x[w]) for w in kept) for v in kept] for x in (qi, pi))
+        middle = [(a + b) / 2 for a, b in zip(qi, pi, strict=True)]
+        pairs = {"forward": [(pi, qi)], "reverse": [(qi, pi)], "js": [(pi, middle), (qi, middle)]}[kind]
+        total += sum(a * math.log(a / b) for x, y in pairs for a, b in zip(x, y, strict=True)) / len(pairs)
+    assert float(loss) == pytest.approx(total / len(q), rel=1e-4)
+    loss.backward()
+    assert all(w.grad.isfinite().all() for w in student.parameters())
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunked_logprobs_and_gradients_equal_dense_ones(chunk):
     torch.manual_seed(0)

@@ -41,6 +41,8 @@ class T3DConfig(TrainingArguments):
         default_factory=lambda: [1, 2], metadata={"help": "denoising steps per block of the student's own contexts"}
     )
     on_policy_temperature: float = _help("temperature of the student's own contexts", 0.5)
+    soft_divergence: str = _help("soft: 'forward', 'reverse' or 'js' divergence to the reference", "forward")
+    soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
     pack_length: int = _help("pack several trajectories into rows of this many tokens; 0: one to a row", 0)
@@ -80,6 +82,9 @@ class T3DConfig(TrainingArguments):
         )
         check(0 <= self.random_ratio <= 1, f"random_ratio must lie in 0..1, got {self.random_ratio}")
         check(0 <= self.on_policy_share <= 1, f"on_policy_share must lie in 0..1, got {self.on_policy_share}")
+        kinds = ("forward", "reverse", "js")
+        check(self.soft_divergence in kinds, f"soft_divergence is one of {kinds}, got {self.soft_divergence!r}")
+        check(self.soft_top_k >= 0, f"soft_top_k must not be negative, got {self.soft_top_k}")
         check(self.on_policy_steps, "on_policy_steps must not be empty")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
         check(

@@ -3,9 +3,19 @@
 from t3d.distill.objectives.base import Objective
 from t3d.distill.objectives.mean_field import MeanField
 from t3d.distill.objectives.path import Path
+from t3d.distill.objectives.random_ce import RandomCE
 from t3d.distill.objectives.sft import SFT
+from t3d.distill.objectives.soft import Soft
 from t3d.distill.objectives.t3d import DDO, T3D
 
-OBJECTIVES: dict[str, Objective] = {"t3d": T3D(), "ddo": DDO(), "path": Path(), "mean_field": MeanField(), "sft": SFT()}
+OBJECTIVES: dict[str, Objective] = {
+    "t3d": T3D(),
+    "ddo": DDO(),
+    "path": Path(),
+    "mean_field": MeanField(),
+    "soft": Soft(),
+    "random_ce": RandomCE(),
+    "sft": SFT(),
+}
 
 __all__ = ["OBJECTIVES", "Objective"]
