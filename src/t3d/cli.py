@@ -101,11 +101,38 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
     to_terminal()
     run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
     if stage in (None, "eval"):
-        from t3d.report.terminal import show_summary
+        from rich.console import Console
 
-        show_summary(run / "summary.json")
+        from t3d.evaluation import EvalRow, read_summary, table
+
+        rows = [EvalRow(**row) for row in read_summary(run / "summary.json")["rows"]]
+        Console().print(table(rows))
     if stage in (None, "report"):
         print(f"report: {run / 'report.html'}")
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[Path, typer.Argument(help="RUN/rollout or RUN/eval/MODEL/SETTING", metavar="FOLDER")],
+    number: Annotated[int, typer.Option("--number", "-n", help="how many")] = 3,
+    prompt_id: Annotated[str | None, typer.Option("--id", help="only this problem's")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer made them")] = None,
+) -> None:
+    """Show trajectories, each token in the colour of the step that committed it."""
+    from itertools import islice
+
+    from t3d.embedded import checkpoint
+    from t3d.models import load_tokenizer
+    from t3d.report.terminal import show
+    from t3d.trajectories import TrajectoryDataset
+
+    found = TrajectoryDataset(folder)
+    name = tokenizer or found.metadata.get("recipe", {}).get("model.path")
+    words = load_tokenizer(checkpoint(name)) if name or "recipe" in found.metadata else None
+    wanted = (t for t in found if prompt_id in (None, t.prompt_id))
+    shown = [show(trajectory, words) for trajectory in islice(wanted, number)]
+    if not shown:
+        raise T3DError(f"{folder} has no trajectory of problem {prompt_id!r}")
 
 
 @app.command("config")

@@ -14,10 +14,12 @@ def to_terminal() -> None:
     from transformers.utils import logging as transformers_logging
 
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").propagate = False
-    for handler in list(logging.getLogger("transformers").handlers):
-        logging.getLogger("transformers").removeHandler(handler)
+    logging.raiseExceptions = False  # a full disk is reported once, not for every line of the log
+    transformers_logging.disable_default_handler()
     transformers_logging.disable_progress_bar()  # one for every file it reads or writes
+    for name in ("transformers", "py.warnings"):
+        logging.getLogger(name).propagate = False
+        logging.getLogger(name).addHandler(logging.NullHandler())
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:

@@ -8,8 +8,9 @@ from t3d.log import log, to_terminal
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.rollout import rollout, rollout_jobs
+from t3d.pipeline.rollout import check_rollout, rollout
 from t3d.pipeline.train import check_training, train
+from t3d.report import write_report
 
 __all__ = ["STAGES", "RunFolder", "run_stages", "to_terminal"]
 
@@ -38,7 +39,7 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 raise T3DError(f"{run.path} has no complete {stage}; run `t3d {stage}` with this recipe first")
         inputs = Inputs(recipe)
         todo = [stage for stage in wanted if force or not run.complete(stage)]
-        for stage in todo:
+        for stage in CHECKS.keys() & todo:
             CHECKS[stage](recipe, inputs)
         if force:
             run.clear(stages[first:])
@@ -48,22 +49,13 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 log.info("%s: complete, skipped", stage)
                 continue
             set_seed(recipe.seed)
+            if stage == "report":  # takes a moment, so it is made anew every time
+                write_report([run.path], run / "report.html", recipe.report)
+                continue
             with run.stage(stage, recipe):
                 WORK[stage](run, recipe, inputs)
     return run
 
 
-def report(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Write RUN/report.html."""
-    from t3d.report import write_report  # brings matplotlib
-
-    write_report([run.path], run / "report.html")
-
-
-WORK = {"rollout": rollout, "train": train, "eval": evaluation, "report": report}
-CHECKS = {  # what can be known to fail before anything is written
-    "rollout": rollout_jobs,
-    "train": check_training,
-    "eval": check_evaluation,
-    "report": lambda recipe, inputs: None,
-}
+WORK = {"rollout": rollout, "train": train, "eval": evaluation}
+CHECKS = {"rollout": check_rollout, "train": check_training, "eval": check_evaluation}

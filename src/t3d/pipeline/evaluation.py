@@ -7,6 +7,7 @@ from t3d.config import Recipe
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.evaluation import evaluate, write_summary
+from t3d.evaluation.rows import setting
 from t3d.log import log
 from t3d.models import load_model
 from t3d.pipeline.folder import RunFolder
@@ -33,7 +34,7 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         )
         for row in found:
             accuracy = "not verified" if row.accuracy is None else f"{row.accuracy:.1%} correct"
-            log.info("eval: %s, %d steps: %s, %.2f tokens per forward", name, row.steps, accuracy, row.tpf)
+            log.info("eval: %s, %s: %s, %.2f tokens per forward", name, setting(row.to_dict()), accuracy, row.tpf)
         rows += found
     write_summary(
         run / "summary.json",

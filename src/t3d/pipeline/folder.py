@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,7 @@ OUTPUTS = {
     "rollout": ("rollout",),
     "train": ("student", "train"),
     "eval": ("summary.json", "eval"),
-    "report": ("report.html",),
+    "report": ("report.html", "report-accuracy.svg", "report-accuracy.png"),
 }
 SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
@@ -128,10 +129,13 @@ class RunFolder:
                 seconds = round(before + time.monotonic() - start, 3)
                 self.write_json(f"{name}/stage.json", {"complete": complete, "seconds": seconds, "settings": wanted})
 
+        def keep_time() -> None:
+            with contextlib.suppress(T3DError):  # a full disk stops the stage itself
+                save()
+
         def keep_saving() -> None:
             while not over.wait(SAVE_SECONDS):
-                with contextlib.suppress(T3DError):  # a full disk stops the stage itself
-                    save()
+                keep_time()
 
         save()
         self._save_time = save
@@ -143,6 +147,7 @@ class RunFolder:
         finally:
             over.set()
             keeper.join()
+            keep_time()
             self._save_time = lambda: None
         save(complete=True)
 
@@ -187,7 +192,7 @@ def writing(path: Path):
         raise
     except Exception as error:
         if any(map(_disk_full, _causes(error))) or _no_room(path):
-            raise T3DError(f"cannot write {path}: no space left on the device; make room and run again") from error
+            raise T3DError(f"cannot write {path}: no space left; make room and run again") from error
         if isinstance(error, OSError) and error.errno in _REFUSED:
             raise T3DError(
                 f"cannot write {error.filename or path}: {error.strerror}; choose another run_dir"
@@ -196,6 +201,7 @@ def writing(path: Path):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = (*map(os.strerror, _FULL), "PytorchStreamWriter failed writing")  # from libraries in other languages
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
@@ -207,11 +213,11 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXTS)
 
 
 def _no_room(path: Path) -> bool:
-    """Libraries in other languages do not always say why a write failed."""
+    """Whether the disk is full now: not every library says why a write failed."""
     while not path.exists() and path != path.parent:
         path = path.parent
     usage = shutil.disk_usage(path)

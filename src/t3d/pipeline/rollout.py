@@ -33,16 +33,20 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
-    """Every response of the rollout, in order, checked against the model; nothing is decoded yet."""
+def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
+    """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
     decoding = recipe.rollout.decoding(recipe.seed)
-    found = [
+    make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks; decodes when iterated
+
+
+def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
+    """Every response of the rollout, in order."""
+    decoding = recipe.rollout.decoding(recipe.seed)
+    return [
         Job(problem, prompt, sample, sequence_seed(decoding.seed, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
         for sample in range(decoding.n)
     ]
-    make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks all prompts; decodes when iterated
-    return found
 
 
 def make_engine(recipe: Recipe, inputs: Inputs) -> Engine:

@@ -1,0 +1,67 @@
+"""Runs `t3d` in processes of its own, which a test can stop."""
+
+import os
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def _command(arguments: list[str], folder: str, output: str, largest_file: int | None):
+    """Runs in the forked process: what the `t3d` program does, its streams in files."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.chdir(folder)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers may ignore it
+    from t3d.cli import main
+
+    main(arguments)
+
+
+@dataclass
+class Done:
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Program:
+    """`t3d` with working directory `folder`."""
+
+    def __init__(self, folder: Path, context):
+        self.folder, self.context, self.calls = folder, context, 0
+
+    def start(self, *arguments: str, largest_file: int | None = None):
+        """`largest_file`: bytes beyond which a write fails, as on a full disk."""
+        self.calls += 1
+        output = self.folder / f".call{self.calls}"
+        output.mkdir()
+        process = self.context.Process(
+            target=_command, args=(list(arguments), str(self.folder), str(output), largest_file)
+        )
+        process.start()
+        process.output = output
+        return process
+
+    def finish(self, process, seconds: float = 120) -> Done:
+        process.join(seconds)
+        assert process.exitcode is not None, f"still running after {seconds} s"
+        read = [(process.output / name).read_text() for name in ("stdout", "stderr")]
+        return Done(process.exitcode, *read)
+
+    def __call__(self, *arguments: str, largest_file: int | None = None) -> Done:
+        return self.finish(self.start(*arguments, largest_file=largest_file))
+
+    def stop_when(self, process, happened, with_signal=signal.SIGKILL, seconds: float = 120) -> Done:
+        """Send the signal as soon as `happened()`."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert process.is_alive(), f"ended before: {self.finish(process)}"
+            assert time.monotonic() < end, "it never happened"
+            time.sleep(0.005)
+        os.kill(process.pid, with_signal)
+        return self.finish(process)

@@ -1,0 +1,173 @@
+"""What a user can get wrong: one line on stderr, exit code 2, and nothing half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from e2e.test_run import trajectories, weights
+
+
+def refused(done, *said: str) -> None:
+    assert done.code == 2, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for text in said:
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "recipe.yaml: No such file"),
+        ("task: [", "not valid YAML"),
+        ("", "not a recipe"),
+        ("tasks: {name: x}", "(did you mean 'task'?)"),
+        ("task: {nam: x}", "(did you mean 'task.name'?)"),
+        ("task: {num_train: many}", "task.num_train must be int"),
+        ("task: {name: word_problem, num_train: 1}", "(did you mean 'word_problems'?)"),
+        ("task: {name: word_problems}", "num_train"),
+        ("train: {objective: t4d}", "(did you mean 't3d'?)"),
+        ("train: {optim: sgdd}", "train: "),
+        ("eval: {strategy: [low_confidence]}", "unknown strategy"),
+        ("rollout: {steps: 0}", "rollout: steps must be at least 1"),
+    ],
+)
+def test_recipe(t3d, tiny, text, said):
+    if text is not None:
+        (t3d.folder / "recipe.yaml").write_text(text)
+    overrides = [] if text is None or "task" in text else ["task.num_train=2", "task.num_eval=2"]
+    refused(t3d("run", "recipe.yaml", f"model.path={tiny}", *overrides), said)
+    assert not (t3d.folder / "runs").exists() or not any((t3d.folder / "runs").iterdir())
+
+
+DATA = {
+    "missing": (None, "none.jsonl"),
+    "not JSON": ('{"question": "a"}\n{"question": \n', "line 2"),
+    "nothing in it": ("", "data.jsonl"),
+    "no question": ('{"prompt": "a"}\n', "no field 'question'"),
+    "an empty question": ('{"question": "How many?"}\n{"question": " "}\n', "line 2: the question is empty"),
+    "longer than the context": (
+        json.dumps({"question": "short"}) + "\n" + json.dumps({"question": "How many " * 300}) + "\n",
+        "the model's context is 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+@pytest.mark.parametrize("key", ["path", "eval_path"])
+def test_data(t3d, write_recipe, case, key):
+    text, said = DATA[case]
+    (t3d.folder / "good.jsonl").write_text('{"question": "How many?", "answer": "3"}\n')
+    if text is not None:
+        (t3d.folder / "data.jsonl").write_text(text)
+    task = {"name": "prompts", "path": "good.jsonl", "num_train": None, "num_eval": None}
+    task[key] = "none.jsonl" if text is None else "data.jsonl"
+    refused(t3d("run", write_recipe(t3d.folder, task=task)), said)
+    assert not (t3d.folder / "runs" / "recipe").exists()
+
+
+def _half(folder: Path):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def _config(folder: Path, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CHECKPOINTS = {
+    "missing": (shutil.rmtree, "no such checkpoint folder"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "half a config": (lambda folder: (folder / "config.json").write_text("{"), "config"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    "half the weights": (_half, "cannot load the weights"),
+    "another shape": (
+        lambda folder: _config(folder, intermediate_size=48),
+        "weights are missing or of the wrong shape",
+    ),
+    "another family": (lambda folder: _config(folder, model_type="llama"), "'llama'"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("*token*")], "no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoint(t3d, write_recipe, tiny, case):
+    damage, said = CHECKPOINTS[case]
+    folder = t3d.folder / "model"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+    recipe = write_recipe(t3d.folder)
+    refused(t3d("run", recipe, "model.path=model/"), said)
+    assert not (t3d.folder / "runs" / "recipe").exists()
+    refused(t3d("generate", "./model", "How many?"), said)
+
+
+def test_settings_that_do_not_fit_the_model(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    refused(t3d("run", recipe, "eval.steps=[4,5]"), "steps = 5 is more than block_size = 4")
+    refused(t3d("run", recipe, "rollout.steps=5"), "steps = 5 is more than block_size = 4")
+    refused(t3d("run", recipe, "model.dtype=float33"), "float33")
+    assert not (t3d.folder / "runs" / "recipe").exists()
+
+
+def test_a_run_folder_that_cannot_be_one(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    (t3d.folder / "file").write_text("kept")
+    refused(t3d("run", recipe, "run_dir=file"), "file")
+    refused(t3d("run", recipe, "run_dir=file/run"), "Not a directory")
+    (t3d.folder / "papers" / "train").mkdir(parents=True)
+    refused(t3d("run", recipe, "run_dir=papers", "--force"), "not a run folder")
+    assert (t3d.folder / "papers" / "train").is_dir()
+    assert (t3d.folder / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    (t3d.folder / "locked").mkdir(mode=0o555)
+    refused(t3d("run", recipe, "run_dir=locked/run"), "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("largest_file", "stage"), [(400, None), (4000, "rollout"), (60_000, "train")], ids=["folder", "rollout", "train"]
+)
+def test_no_room(t3d, write_recipe, finished, largest_file, stage):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    done = t3d("run", recipe, largest_file=largest_file)
+    assert done.code == 2, done
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert "no space left" in last or "File too large" in last
+    assert not any("error" in line for line in before)
+    assert not (run / "student").exists()
+    if stage is None:
+        assert not run.exists()
+        return
+    assert not json.loads((run / stage / "stage.json").read_text())["complete"]
+    assert t3d(stage, recipe).code == 0
+    assert trajectories(run) == trajectories(finished[0])
+    assert stage == "rollout" or weights(run) == weights(finished[0])
+
+
+def test_a_damaged_record_says_what_to_remove(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    shutil.copytree(finished[0], run)
+    (run / "train" / "stage.json").write_text("{")
+    refused(t3d("run", recipe), "stage.json", "remove")
+
+
+def test_usage_errors_and_unknown_commands(t3d):
+    for arguments in (["run"], ["rum", "x"], ["run", "x", "--fast"], ["generate", "model"]):
+        done = t3d(*arguments)
+        assert done.code == 2
+        assert done.stderr.startswith("Usage: ")
+    done = t3d("run", "recipe.yaml", "--help")
+    assert done.code == 0
+    assert "section.key=value" in done.stdout

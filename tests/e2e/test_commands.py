@@ -1,0 +1,101 @@
+"""The commands that are no stages, and the installed program itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from t3d import __version__
+
+
+def program(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "t3d", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = "import sys, t3d.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'rich')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert program("--version").stdout == f"t3d {__version__}\n"
+    listed = program("--help").stdout
+    for command in ("run", "rollout", "train", "eval", "report", "generate", "config", "show"):
+        assert f"\n  {command} " in listed
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m t3d config --all | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("# ")
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
+
+
+def test_config_shows_a_recipe_as_the_stages_see_it(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    done = t3d("config", recipe, "seed=9", "train.weight_decay=0.5")
+    assert done.code == 0
+    assert "seed: 9" in done.stdout
+    assert "weight_decay: 0.5" in done.stdout
+    assert "temperature: 0.1" in done.stdout  # a default
+    (t3d.folder / "again.yaml").write_text(done.stdout)
+    assert t3d("config", "again.yaml").stdout == done.stdout
+    assert not (t3d.folder / "runs").exists()
+
+
+def test_generate(t3d, tiny):
+    plain = t3d("generate", str(tiny), "How many apples?", "--max-tokens", "12", "--steps", "2")
+    assert plain.code == 0
+    assert "12 tokens in " in plain.stderr
+    assert "tokens per forward" in plain.stderr
+    assert "\x1b" not in plain.stdout
+    colored = t3d("generate", str(tiny), "How many apples?", "--max-tokens", "12", "--steps", "2", "--color")
+    assert "\x1b" in colored.stdout
+    sampled = [
+        t3d("generate", str(tiny), "Mia", "--temperature", "1", "--seed", str(seed)).stdout for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    raw = t3d("generate", str(tiny), "How many apples?", "--max-tokens", "12", "--steps", "2", "--raw")
+    assert raw.stdout != plain.stdout
+    piped = program("generate", str(tiny), "-", "--max-tokens", "12", "--steps", "2", input="How many apples?")
+    assert piped.stdout == plain.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "5"), ("--temperature", "-1"), ("--strategy", "fast")])
+def test_generate_refuses_what_makes_no_sense(t3d, tiny, arguments):
+    done = t3d("generate", str(tiny), "How many?", *arguments)
+    assert done.code == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_show(finished, t3d):
+    run, _ = finished
+    rollout = t3d("show", str(run / "rollout"), "-n", "2")
+    assert rollout.code == 0, rollout.stderr
+    assert rollout.stdout.count("forwards") == 2
+    answers = next((run / "eval" / "student").iterdir())
+    one = t3d("show", str(answers), "--id", "word_problems/test/0/000003")
+    assert one.code == 0, one.stderr
+    assert one.stdout.count("forwards") == 1
+    for folder, arguments in ((answers, ["--id", "nobody"]), (t3d.folder / "nothing", [])):
+        done = t3d("show", str(folder), *arguments)
+        assert done.code == 2
+        assert done.stderr.startswith("error: ")
+
+
+def test_an_unexpected_failure_is_not_hidden(t3d, write_recipe):
+    (t3d.folder / "broken.py").write_text(
+        "from t3d.tasks import Task, Problem, register\n\n\n"
+        '@register("broken")\n'
+        "class Broken(Task):\n"
+        "    def problems(self, split, n=None, seed=None):\n"
+        '        return [Problem("a", "How many?", "3")]\n\n'
+        "    def judge_all(self, texts, problems):\n"
+        '        raise RuntimeError("a fault of the program")\n'
+    )
+    done = t3d("run", write_recipe(t3d.folder, task={"name": "broken.py"}))
+    assert done.code == 1
+    assert "RuntimeError: a fault of the program" in done.stderr
+    assert "RuntimeError: a fault of the program" in (t3d.folder / "runs" / "recipe" / "log.txt").read_text()

@@ -1,0 +1,213 @@
+"""A run from beginning to end, its stages alone, and runs that were stopped."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t3d.models import load_model
+from t3d.trajectories import TrajectoryDataset
+
+
+def trajectories(run: Path) -> list:
+    return list(TrajectoryDataset(run / "rollout"))
+
+
+def weights(run: Path) -> bytes:
+    return (run / "student" / "model.safetensors").read_bytes()
+
+
+def rows(run: Path) -> list[dict]:
+    """The rows of a summary without what a clock gave."""
+    found = json.loads((run / "summary.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k not in ("tps", "wall_seconds")} for row in found]
+
+
+def same(run: Path, other: Path) -> None:
+    assert trajectories(run) == trajectories(other)
+    assert weights(run) == weights(other)
+    assert rows(run) == rows(other)
+
+
+def begun(folder: Path, pattern: str):
+    return lambda: any(folder.glob(pattern))
+
+
+def test_a_run_leaves_everything(finished, tiny):
+    run, done = finished
+    for name in ("recipe.yaml", "versions.json", "log.txt", "summary.json", "report.html", "student/config.json"):
+        assert (run / name).is_file(), name
+    assert "student" in done.stdout
+    assert "report.html" in done.stdout
+    assert "\r" not in done.stderr  # no progress bars where nobody looks
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["objective"] == "t3d"
+    versions = json.loads((run / "versions.json").read_text())
+    assert {"t3d", "torch", "transformers", "python", "platform", "commit"} <= versions.keys()
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["task"], summary["num_problems"], summary["seed"]) == ("word_problems", 6, 3)
+    assert [(row["model"], row["steps"]) for row in summary["rows"]] == [
+        (model, steps) for model in ("teacher", "student") for steps in (4, 1)
+    ]
+    seconds = summary["wall_seconds"]
+    assert min(seconds.values()) > 0
+    assert seconds["total"] == pytest.approx(seconds["rollout"] + seconds["train"] + seconds["eval"], abs=0.01)
+    found = trajectories(run)
+    assert len(found) == 40
+    assert len({t.seed for t in found}) == 40
+    assert all(t.correct is not None and t.question for t in found)
+    student, tokenizer = load_model(run / "student", device="cpu")
+    assert tokenizer is not None
+    teacher, _ = load_model(tiny, device="cpu")
+    changed = [not a.equal(b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_a_complete_run_is_skipped_and_single_stages_know_what_they_need(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    for stage, missing in (("train", "rollout"), ("eval", "rollout"), ("report", "rollout")):
+        done = t3d(stage, recipe)
+        assert done.code == 2
+        assert f"run `t3d {missing}`" in done.stderr
+        assert not run.exists()
+    for stage in ("rollout", "train", "eval", "report"):
+        done = t3d(stage, recipe)
+        assert done.code == 0, done.stderr
+    same(run, finished[0])
+    times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".parquet", ".safetensors")}
+    done = t3d("run", recipe)
+    assert done.code == 0
+    assert done.stderr.count("complete, skipped") == 3
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.parametrize("stopped_by", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(t3d, write_recipe, finished, stopped_by):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    moments = {
+        "rollout": "rollout/shard-*.parquet",
+        "train": "train/checkpoint-4/whole",
+        "eval": "eval/teacher/*/shard-*.parquet",
+    }
+    for stage, moment in moments.items():
+        done = t3d.stop_when(t3d.start("run", recipe), begun(run, moment), stopped_by)
+        assert done.code == (-signal.SIGKILL if stopped_by == signal.SIGKILL else 130)
+        assert not json.loads((run / stage / "stage.json").read_text())["complete"]
+        if stopped_by == signal.SIGINT:
+            assert done.stderr.strip().endswith("the same command continues")
+            assert "Traceback" not in done.stderr
+    done = t3d("run", recipe)
+    assert done.code == 0, done.stderr
+    assert "rollout: complete, skipped" in done.stderr
+    same(run, finished[0])
+
+
+def test_a_checkpoint_that_was_half_written_is_not_continued_from(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    t3d.stop_when(t3d.start("run", recipe), begun(run, "train/checkpoint-4/whole"))
+    last = max(run.glob("train/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for name in ("whole", "trainer_state.json"):
+        (last / name).unlink(missing_ok=True)
+    (last / "model.safetensors").write_bytes(b"half")
+    assert t3d("run", recipe).code == 0
+    same(run, finished[0])
+
+
+def test_trajectories_do_not_depend_on_how_they_were_batched(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    assert t3d("rollout", recipe, "rollout.chunk=40", "engine.max_batch_size=3").code == 0
+    for a, b in zip(trajectories(t3d.folder / "runs" / "recipe"), trajectories(finished[0]), strict=True):
+        assert (a.prompt_id, a.seed, a.response_ids, a.step_map) == (b.prompt_id, b.seed, b.response_ids, b.step_map)
+        assert a.confidence == pytest.approx(b.confidence, abs=1e-5)
+
+
+def test_a_changed_recipe_is_refused_until_forced(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    shutil.copytree(finished[0], run)
+    for change, stage in {
+        "rollout.temperature=0.5": "rollout",
+        "train.beta=0.3": "train",
+        "eval.steps=[2]": "eval",
+    }.items():
+        done = t3d("run", recipe, change)
+        assert done.code == 2
+        assert change.split("=")[0] in done.stderr
+        assert f"the {stage} stage" in done.stderr
+        assert "--force" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    same(run, finished[0])
+    before = trajectories(run)
+    neutral = ("train.logging_steps=2", "engine.max_batch_size=5", "report.title=Other")
+    assert "train: complete, skipped" in t3d("run", recipe, *neutral).stderr
+    done = t3d("train", recipe, "train.learning_rate=2e-3", "--force")
+    assert done.code == 0, done.stderr
+    assert not (run / "summary.json").exists()  # of another student
+    assert not (run / "eval").exists()
+    assert trajectories(run) == before
+    assert weights(run) != weights(finished[0])
+    assert t3d("run", recipe, "train.learning_rate=2e-3").code == 0
+    assert (run / "summary.json").exists()
+    assert not list(run.glob(".removed-*"))
+
+
+def test_time_adds_up_over_attempts(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    t3d.stop_when(t3d.start("rollout", recipe), begun(run, "rollout/shard-*.parquet"))
+    record = run / "rollout" / "stage.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"seconds": 1000.0}))
+    assert t3d("rollout", recipe).code == 0
+    assert 1000 < json.loads(record.read_text())["seconds"] < 1100
+
+
+def test_two_at_once_in_one_folder(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    first = t3d.start("rollout", recipe)
+    while not (run / "rollout").exists():
+        time.sleep(0.005)
+    second = t3d("rollout", recipe)
+    assert second.code == 2
+    assert "in use by another run" in second.stderr
+    assert t3d.finish(first).code == 0
+
+
+def test_several_samples_of_every_prompt(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder, task={"num_train": 3}, rollout={"n": 3, "temperature": 1.0})
+    assert t3d("rollout", recipe).code == 0
+    found = trajectories(t3d.folder / "runs" / "recipe")
+    assert [(t.prompt_id, t.sample) for t in found] == [(t.prompt_id, i % 3) for i, t in enumerate(found)]
+    assert len({tuple(t.response_ids) for t in found}) == 9
+
+
+def test_a_teacher_from_random_weights_and_ground_truth(t3d, write_recipe):
+    architecture = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 256,
+        "block_size": 4,
+    }
+    recipe = write_recipe(
+        t3d.folder, model={"path": None, "architecture": architecture}, train={"objective": "sft", "max_steps": 2}
+    )
+    done = t3d("run", recipe)
+    assert done.code == 0, done.stderr
+    run = t3d.folder / "runs" / "recipe"
+    assert not (run / "rollout").exists()
+    assert {row["model"] for row in rows(run)} == {"student"}
+    assert t3d("generate", "runs/recipe/student", "How many?", "--max-tokens", "8").code == 0
+    done = t3d("rollout", recipe)
+    assert done.code == 2
+    assert "no rollout" in done.stderr
