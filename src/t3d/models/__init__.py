@@ -44,12 +44,12 @@ def load_model(name: str | os.PathLike, dtype: str | torch.dtype | None = None, 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, info = FAMILIES[family].from_pretrained(
-            name, dtype=dtype or "auto", device_map={"": device}, output_loading_info=True
+            name, dtype=dtype or "auto", device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # every library underneath raises its own kind; all mean: this folder does not load
         raise T3DError(f"cannot load the weights of {name}: {_first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+        missing = sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"])
         raise T3DError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
     tokenizer = load_tokenizer(name)
     if model.config.mask_token_id is None:
@@ -110,7 +110,7 @@ def _config_dict(name: str) -> dict:
     path = Path(name)
     if path.exists() and not (path / "config.json").exists():
         raise T3DError(f"{name} is not a checkpoint folder: it has no config.json")
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")):
         raise T3DError(f"no such checkpoint folder: {name}")
     try:
         settings, _ = PretrainedConfig.get_config_dict(name)
