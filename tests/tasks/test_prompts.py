@@ -147,7 +147,7 @@ def test_other_bad_requests(file, tmp_path):
     with pytest.raises(T3DError, match="no field 'key'"):
         task(path, id_field="key").problems("train")
     with pytest.raises(T3DError, match="has no ground-truth responses"):
-        task(path).solution(task(path).problems("train")[0], None)
+        task(path).solution(task(path).problems("train")[1], None)
 
 
 def test_prompt_is_template_and_chat_form(file):

@@ -17,7 +17,7 @@ indices = st.builds(problem, st.integers(0, 2**32), st.sampled_from(["train", "d
 
 
 @given(indices, st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_response_reaches_the_answer(p, rng):
     text = solution(p, rng)
     assert TASK.verify(text, p) is True
@@ -27,7 +27,7 @@ def test_every_response_reaches_the_answer(p, rng):
 
 
 @given(indices, st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_arithmetic_is_right_and_small(p, rng):
     text = solution(p, rng)
     steps = re.findall(r"(\d+) ([-+×]) (\d+) = (\d+)", text)
@@ -42,7 +42,7 @@ def test_the_arithmetic_is_right_and_small(p, rng):
 
 
 @given(indices, st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_tokens_give_the_text_back(p, rng):
     for text in (p.question, solution(p, rng)):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
@@ -73,14 +73,14 @@ def test_known_problem():  # an edit that changes what a seed gives must be seen
 
 def test_splits_share_no_question():
     for seed in (0, 1):
-        sets = {split: TASK.problems(split, 600, seed) for split in ("train", "dev", "test")}
+        sets = {split: TASK.problems(split, 300, seed) for split in ("train", "dev", "test")}
         for split, problems in sets.items():
             assert all(split_of(p.extra["content"]) == split for p in problems)
         contents = [{p.extra["content"] for p in problems} for problems in sets.values()]
         questions = [{p.question for p in problems} for problems in sets.values()]
         for group in (contents, questions):
             assert len(set.union(*group)) == sum(map(len, group))
-            assert all(len(found) > 590 for found in group)  # and nearly no repeats inside one
+            assert all(len(found) > 295 for found in group)  # and nearly no repeats inside one
 
 
 def test_the_question_states_all_of_its_content():
@@ -98,7 +98,7 @@ def test_the_question_states_all_of_its_content():
 def test_paraphrases_make_parallel_decoding_fail():
     """Committing a whole block of 4 from the exact marginals leaves the task's texts; token by token never does."""
     outcome = {4: 0, 2: 0, 1: 0}
-    problems = TASK.problems("dev", 12)
+    problems = [p for p in TASK.problems("dev", 12) if len(p.extra["steps"]) == 2]
     for p in problems:
         for steps in outcome:
             text = _decode_from_marginals(p, steps)

@@ -4,6 +4,7 @@ import ast
 import builtins
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -96,7 +97,9 @@ def helpers(prefix: str) -> str:
     """What the start of an answer defines besides the function to complete: the tests use these, not the program's."""
     text = prefix.rpartition("```python\n")[2]
     try:
-        body = ast.parse(text + "    pass\n").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            body = ast.parse(text + "    pass\n").body
     except SyntaxError:
         return ""
     return ast.unparse(ast.Module(body[:-1], []))

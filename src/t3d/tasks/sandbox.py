@@ -113,7 +113,7 @@ class Sandbox:
 
 def wall(seconds: float) -> float:
     """Seconds on the clock for `seconds` of CPU time: generous, so that a busy machine decides nothing."""
-    return 3 * (seconds + START) + 10
+    return 5 * (seconds + START) + 10
 
 
 def _parse(report: bytes, count: int) -> tuple[tuple[bool, ...], str]:

@@ -308,10 +308,10 @@ class Wire:
         raise TypeError(f"{type(value).__name__} cannot be passed to the program")
 
     def read(self):
-        line = self.replies.readline(MESSAGE)
-        if not line.endswith("\n"):
-            raise Gone("the program ended before its tests were done")
         try:
+            line = self.replies.readline(MESSAGE)
+            if not line.endswith("\n"):
+                raise Gone("the program ended before its tests were done")
             reply = json.loads(line)
             if "error" in reply:
                 name, text = reply["error"]
