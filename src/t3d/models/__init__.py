@@ -88,6 +88,8 @@ def save_model(model: PreTrainedModel, folder: str | os.PathLike, tokenizer=None
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors' own files are readable by their owner only
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
