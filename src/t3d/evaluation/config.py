@@ -32,6 +32,8 @@ class EvalConfig:
     max_tokens: int = _help("most tokens that count in a response", default=256)
     samples: int = _help("responses per problem; more than one gives mean, pass@k and majority", default=1)
     seeds: tuple[int, ...] = _help("each is an evaluation of its own; default: the recipe's seed", default=())
+    text: bool = _help("also BLEU, ROUGE-L, Distinct-n and agreement with the teacher; needs t3d[text]", default=False)
+    scorer: str | None = _help("checkpoint (causal or block-diffusion) that gives texts a perplexity", default=None)
     split: str = _help("problems to evaluate on: test, dev or train", default="test")
     checkpoints: tuple[str, ...] = _help(
         "further checkpoint folders to evaluate beside teacher and student", default=()

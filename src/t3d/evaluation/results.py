@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from t3d.evaluation.compare import compare, reference_row
-from t3d.evaluation.rows import COLUMNS, EvalRow, row_name
+from t3d.evaluation.rows import EvalRow, columns, row_name
 from t3d.evaluation.summary import aup_by_model, write_whole
 from t3d.trajectories import TrajectoryDataset
 
@@ -70,6 +70,7 @@ def markdown(rows: list[dict]) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
-    head = line(name for name, _, _ in COLUMNS)
-    rule = line("---:" if side == "right" else "---" for _, side, _ in COLUMNS)
-    return head + rule + "".join(line(text(row) for _, _, text in COLUMNS) for row in rows)
+    shown = columns(rows)
+    head = line(name for name, _, _ in shown)
+    rule = line("---:" if side == "right" else "---" for _, side, _ in shown)
+    return head + rule + "".join(line(text(row) for _, _, text in shown) for row in rows)

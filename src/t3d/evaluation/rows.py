@@ -156,15 +156,28 @@ COLUMNS = (
 )
 
 
+def columns(rows: list[dict]) -> tuple:
+    """`COLUMNS`, and one more for every number that the rows hold in `extra`, e.g. of text quality."""
+    names = dict.fromkeys(
+        name for row in rows for name, value in row["extra"].items() if isinstance(value, int | float)
+    )
+
+    def column(name: str):
+        return name, "right", lambda r: "–" if name not in r["extra"] else f"{r['extra'][name]:.4g}"
+
+    return COLUMNS + tuple(column(name) for name in names)
+
+
 def table(rows: Iterable[EvalRow], title: str | None = None) -> Table:
     """The rows for the terminal: `rich.print(table(rows))`."""
+    values = [row.to_dict() for row in rows]
     grid = Table(title=title, title_justify="left", header_style="bold")
-    for name, justify, _ in COLUMNS:
+    for name, justify, _ in columns(values):
         grid.add_column(name, justify=justify, no_wrap=name in ("model", "accuracy %", "95%"))
     previous = None
-    for row in (r.to_dict() for r in rows):
+    for row in values:
         if previous not in (None, row["model"]):
             grid.add_section()
         previous = row["model"]
-        grid.add_row(*(text(row) for _, _, text in COLUMNS))
+        grid.add_row(*(text(row) for _, _, text in columns(values)))
     return grid

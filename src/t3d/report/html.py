@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import mcnemar
-from t3d.evaluation.rows import COLUMNS, percent
+from t3d.evaluation.rows import columns, percent
 from t3d.evaluation.summary import aup_by_curve, write_whole
 from t3d.report.charts import Point, Series, accuracy_chart, line_chart
 from t3d.report.config import ReportConfig
@@ -143,17 +143,18 @@ def _plot(curves: list[Series]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    head = "".join(f'<th class="{side}">{escape(name)}</th>' for name, side, _ in COLUMNS)
+    shown = columns([row.values for row in rows])
+    head = "".join(f'<th class="{side}">{escape(name)}</th>' for name, side, _ in shown)
     body = []
     previous = None
     for row in rows:
-        cells = [text(row.values | {"model": row.label}) for _, _, text in COLUMNS]
+        cells = [text(row.values | {"model": row.label}) for _, _, text in shown]
         kind = ' class="first"' if previous not in (None, row.label) else ""
         previous = row.label
-        shown = "".join(
-            f'<td class="{side}">{escape(cell)}</td>' for (_, side, _), cell in zip(COLUMNS[1:], cells[1:], strict=True)
+        rest = "".join(
+            f'<td class="{side}">{escape(cell)}</td>' for (_, side, _), cell in zip(shown[1:], cells[1:], strict=True)
         )
-        body.append(f'<tr{kind}><th scope="row">{escape(cells[0])}</th>{shown}</tr>')
+        body.append(f'<tr{kind}><th scope="row">{escape(cells[0])}</th>{rest}</tr>')
     machines = sorted(
         {f"{v['hardware']}, up to {v['batch_size']} at a time" for v in (r.values for r in rows) if v.get("hardware")}
     )
