@@ -187,7 +187,7 @@ def test_a_hundred_thousand_prompts(file):
     path = file("".join(f'{{"question": "What is {i}+1?", "answer": "{i + 1}"}}\n' for i in range(100_000)))
     start = time.perf_counter()
     assert len(task(path).problems("train", 50_000)) == 50_000
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 60  # about 2 s; anything quadratic takes hours
 
 
 def test_a_task_of_ones_own(file, tmp_path):

@@ -74,6 +74,10 @@ class Task:
         """`n` problems of "train", "dev" or "test" (all if None); `seed` defaults to the config's `data_seed`."""
         raise T3DError(f"task {self.name!r} has no problems")
 
+    def held_out(self) -> bool:
+        """Whether the evaluation problems are known to be others than the training problems."""
+        return True
+
     def prompt_text(self, problem: Problem) -> str:
         """The user's message: the question inside the task's template (other braces stay as they are)."""
         return self.template.replace("{question}", problem.question)
