@@ -13,7 +13,7 @@ from t3d import T3DError
 from t3d.blocks import block_causal_mask
 from t3d.evaluation import EvalRow, read_summary
 from t3d.evaluation.scoring import block_log_likelihood, causal_log_likelihood, load_scorer
-from t3d.evaluation.text import add_text_quality, bleu, distinct, rouge_l, text_quality
+from t3d.evaluation.text import add_text_quality, bleu, check_libraries, distinct, rouge_l, text_quality
 from t3d.models import save_model
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
@@ -110,6 +110,8 @@ def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(T3DError, match=r"sacrebleu is missing: pip install 't3d\[text\]'"):
         bleu(["a"], ["a"])
+    with pytest.raises(T3DError, match="sacrebleu is missing"):
+        check_libraries()
 
 
 def test_text_quality_of_responses():

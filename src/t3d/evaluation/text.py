@@ -77,13 +77,18 @@ def add_text_quality(rows: list[EvalRow], folder: Path | str, scorer: Scorer | N
     values = [row.to_dict() for row in rows]
     teachers = [v for v in values if v["model"] == "teacher" and not v["knobs"]]
     base = reference_row(values) or max(teachers, key=lambda v: v["steps"], default=None)
-    full = (
-        None if base is None or base["model"] != "teacher" else list(TrajectoryDataset(Path(folder) / base["results"]))
-    )
-    return [
-        replace(row, extra=row.extra | text_quality(TrajectoryDataset(Path(folder) / row.results), full, scorer))
-        for row in rows
-    ]
+
+    def answers(results: str) -> list[Trajectory]:
+        return list(TrajectoryDataset(Path(folder) / results))
+
+    full = answers(base["results"]) if base is not None and base["model"] == "teacher" else None
+    return [replace(row, extra=row.extra | text_quality(answers(row.results), full, scorer)) for row in rows]
+
+
+def check_libraries() -> None:
+    """Raises T3DError if what BLEU and ROUGE-L need is not installed."""
+    for module in ("sacrebleu", "rouge_score.rouge_scorer"):
+        _extra(module)
 
 
 def _same_length(texts: Sequence[str], references: Sequence[str]) -> None:

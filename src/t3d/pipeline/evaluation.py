@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from t3d.config import Recipe
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
-from t3d.evaluation import evaluate, write_summary
+from t3d.evaluation import evaluate, write_results, write_summary
 from t3d.evaluation.rows import setting
+from t3d.evaluation.scoring import load_scorer
+from t3d.evaluation.text import add_text_quality, check_libraries
 from t3d.log import log
 from t3d.models import load_model
 from t3d.pipeline.folder import RunFolder
@@ -36,6 +38,10 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
             accuracy = "not verified" if row.accuracy is None else f"{row.accuracy:.1%} correct"
             log.info("eval: %s, %s: %s, %.2f tokens per forward", name, setting(row.to_dict()), accuracy, row.tpf)
         rows += found
+    if recipe.eval.text:
+        scorer = recipe.eval.scorer and load_scorer(recipe.eval.scorer, recipe.model.device)
+        rows = add_text_quality(rows, run / "eval", scorer)
+    write_results(run / "eval", rows, task=recipe.task.name, seed=recipe.seed, versions=versions())
     write_summary(
         run / "summary.json",
         task=recipe.task.name,
@@ -48,6 +54,8 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
 
 def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
+    if recipe.eval.text:
+        check_libraries()
     model, tokenizer = inputs.teacher
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
     for config in recipe.eval.settings(recipe.seed):
@@ -59,9 +67,11 @@ def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
     if recipe.model.architecture is None:  # random weights have nothing to show
         yield "teacher", None, *inputs.teacher
         inputs.release()
-    places = {"student": run / "student"} | {
-        path.rstrip("/").rpartition("/")[2]: path for path in recipe.eval.checkpoints
-    }
+    places = {"student": run / "student"}
+    for path in recipe.eval.checkpoints:
+        parts = path.rstrip("/").split("/")
+        taken = parts[-1] in {"teacher", *places}
+        places["-".join(parts[-2:]) if taken else parts[-1]] = path
     for name, path in places.items():
         objective = recipe.objective if name == "student" else None
         yield name, objective, *load_model(checkpoint(path), dtype=recipe.model.dtype, device=recipe.model.device)
