@@ -81,19 +81,19 @@ def sample(
     where `sampling_confidence`, under the one sampled from), and the untempered entropy in nats (rows,) if asked for.
     """
     device = logits.device
-    log_z = logits.logsumexp(-1)  # (rows,)
+    best, tokens = logits.max(-1)
+    above = logits - best[:, None]  # at most 0
+    weights = above.exp()
+    z = weights.sum(-1)  # (rows,)
     entropies = None
     if entropy:
-        p = (logits - log_z[:, None]).exp_()
-        entropies = log_z - (p * logits.masked_fill(p == 0, 0.0)).sum(-1)
+        entropies = z.log() - (weights * above.masked_fill_(weights == 0, 0.0)).sum(-1) / z
 
     random = temperature > 0
     if not bool(random.any()):
-        best, tokens = logits.max(-1)
-        return tokens, (best - log_z).exp(), entropies
+        return tokens, z.reciprocal(), entropies
 
-    tokens = logits.argmax(-1)
-    drawn_confidence = torch.zeros_like(log_z)
+    drawn_confidence = torch.zeros_like(z)
     filtered = random & ((top_k > 0) | (top_p < 1))
     for rows, cut in ((random & ~filtered, False), (filtered, True)):
         index = rows.nonzero()[:, 0]
@@ -105,6 +105,6 @@ def sample(
         chosen, probability = _draw_filtered(scaled, k, p, v) if cut else _draw(scaled.softmax(-1), v)
         tokens[index] = chosen[:, 0]
         drawn_confidence[index] = probability[:, 0]
-    confidence = (logits.gather(1, tokens[:, None])[:, 0] - log_z).exp()
+    confidence = weights.gather(1, tokens[:, None])[:, 0] / z
     own = (random & sampling_confidence).to(device, non_blocking=True)
     return tokens, torch.where(own, drawn_confidence, confidence), entropies

@@ -21,7 +21,7 @@ class Candidates:
     """What a strategy may look at; a row is one block at one step. Places that are not masked have confidence -inf.
 
     masked: bool (rows, block). confidence: float32 (rows, block), of the sampled token. entropy: float32 (rows, block)
-    in nats, inf where not masked; None unless the strategy asks for it. u: float32 (rows, block), uniform in [0, 1).
+    in nats, inf where not masked. u: float32 (rows, block), uniform in [0, 1). Both None unless a strategy asks for them.
     quota: int64 (rows,), k_s, never more than the masks left. floor: int64 (rows,), the fewest a dynamic step commits.
     threshold, entropy_bound, factor, risk: float32 (rows,), from the settings of the same names.
     """
@@ -29,7 +29,7 @@ class Candidates:
     masked: Tensor
     confidence: Tensor
     entropy: Tensor | None
-    u: Tensor
+    u: Tensor | None
     quota: Tensor
     floor: Tensor
     threshold: Tensor
@@ -57,6 +57,7 @@ class Strategy:
     name: str
     commit: Callable[[Candidates], Tensor]
     needs_entropy: bool = False
+    needs_random: bool = False
     knob: Knob | None = None  # None where `steps` alone sets the speed
 
 
@@ -106,7 +107,7 @@ def sequential(c: Candidates) -> Tensor:
     return c.masked.cumsum(-1) <= c.quota[:, None]
 
 
-@strategy("random")
+@strategy("random", needs_random=True)
 def random(c: Candidates) -> Tensor:
     """`k_s` at random, by the sequence's own seed."""
     return _best(c.u.masked_fill(~c.masked, -inf), c.quota)

@@ -35,13 +35,18 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
     seed = per_position([s.request.seed for s in sequences], torch.int64)
     step = per_position([s.step for s in sequences], torch.int64)
     position = per_position([s.base for s in sequences], torch.int64) + torch.from_numpy(columns)
+
+    def numbers(stream: int, needed: bool) -> Tensor:
+        """Each position's uniform number; hashing is dear beside a small model's forward, so only where used."""
+        return uniform(seed, position, step, stream) if needed else torch.zeros(len(rows))
+
     logits[:, mask_id] = -torch.inf  # the mask is never an answer
     tokens, confidence, entropy = sample(
         logits,
         per_position([c.temperature for c in configs], torch.float32),
         per_position([c.top_k for c in configs], torch.int64),
         per_position([c.top_p for c in configs], torch.float32),
-        uniform(seed, position, step),
+        numbers(stream=0, needed=any(c.temperature > 0 for c in configs)),
         per_position([c.confidence == "sampling" for c in configs], torch.bool),
         entropy=any(k.needs_entropy for k in kinds),
     )
@@ -69,7 +74,7 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
         masked=torch.from_numpy(masked),
         confidence=grid(confidence, -torch.inf),
         entropy=None if entropy is None else grid(entropy.cpu(), torch.inf),
-        u=grid(uniform(seed, position, step, stream=1), 0.0),
+        u=grid(numbers(stream=1, needed=True), 0.0) if any(k.needs_random for k in kinds) else None,
         quota=per_row(quota, torch.int64),
         floor=per_row([q if c.floor == "schedule" else 1 for q, c in zip(quota, configs, strict=True)], torch.int64),
         threshold=per_row([c.threshold for c in configs], torch.float32),

@@ -45,7 +45,7 @@ def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         gate, up = gate_up(x).chunk(2, dim=-1)
-        return down(activation(gate) * up)
+        return down(activation(gate).mul_(up))
 
     return forward
 
@@ -122,15 +122,15 @@ class Runner:
         for number, layer in enumerate(self.layers):
             x = F.rms_norm(h, width, layer.input_norm, self.eps)
             qkv = layer.qkv(x).view(len(ids), both + self.kv_heads, dim)
-            qk = F.rms_norm(qkv[:, :both], (dim,), None, self.eps) * layer.qk_norm
-            qk = qk * cos + _rotate(qk) * sin
+            qk = F.rms_norm(qkv[:, :both], (dim,), None, self.eps).mul_(layer.qk_norm)
+            qk = (qk * cos).addcmul_(_rotate(qk), sin)
             new = torch.cat([qk[:, heads:], qkv[:, both:]], dim=1).view(len(ids), 2, self.kv_heads, dim)
             cache.data[number].index_copy_(0, slots, new)
             x = attention(number, qk[:, :heads]).reshape(len(ids), heads * dim)
             if number == last:
                 h, x = h.index_select(0, select), x.index_select(0, select)
-            h = h + layer.out(x)
-            h = h + layer.mlp(F.rms_norm(h, width, layer.post_norm, self.eps))
+            h += layer.out(x)
+            h += layer.mlp(F.rms_norm(h, width, layer.post_norm, self.eps))
         return h
 
 
