@@ -25,10 +25,9 @@ def test_help_and_version_do_not_wait_for_torch():
 
 
 def test_a_reader_that_stops_reading_is_no_error():
-    command = f"{sys.executable} -m t3d config --all | head -n 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("# ")
-    assert "Traceback" not in done.stderr
+    command = f"{sys.executable} -m t3d --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
     assert done.stderr == ""
 
 
