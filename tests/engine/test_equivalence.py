@@ -91,6 +91,17 @@ def test_engine_equals_plain_sampler(model, data):
         assert_equal(trajectory, model, prompt, config)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("page_size", "budget"), [(None, None), (16, 64)])
+def test_flex_attention_equals_sdpa(model, page_size, budget):
+    rng = random.Random(2)
+    prompts = random_prompts(rng, 5, longest=40)
+    config = DecodingConfig(steps=2, max_tokens=10, temperature=1.0, stop_ids=STOPS)
+    want = Engine(model).generate(prompts, config)
+    flex = Engine(model, attention="flex", page_size=page_size, kv_cache_tokens=budget)
+    assert [t.response_ids for t in flex.generate(prompts, config)] == [t.response_ids for t in want]
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_batch_of_many_equals_singles_in_any_order(model, data):

@@ -80,6 +80,11 @@ def test_engine_settings_are_checked(model, name):
         Engine(model, **{name: 0})
 
 
+def test_unknown_attention_names_the_known(model):
+    with pytest.raises(T3DError, match="engine.attention is one of sdpa, flex"):
+        Engine(model, attention="flash")
+
+
 def test_nan_logits_name_the_sequence():
     model = make_model(seed=5)
     with torch.no_grad():

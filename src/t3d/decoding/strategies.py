@@ -21,7 +21,7 @@ class Candidates:
     """What a strategy may look at; a row is one block at one step. Places that are not masked have confidence -inf.
 
     masked: bool (rows, block). confidence: float32 (rows, block), of the sampled token. entropy: float32 (rows, block)
-    in nats, inf where not masked. u: float32 (rows, block), uniform in [0, 1). Both None unless a strategy asks for them.
+    in nats, inf where not masked. u: float32 (rows, block), uniform in [0, 1). Both None unless a strategy asks.
     quota: int64 (rows,), k_s, never more than the masks left. floor: int64 (rows,), the fewest a dynamic step commits.
     threshold, entropy_bound, factor, risk: float32 (rows,), from the settings of the same names.
     """

@@ -15,24 +15,29 @@ from t3d.engine.kv_cache import KVCache
 from t3d.engine.request import Span
 
 
-class SpanAttention:
+class SDPAttention:
     """Made once per forward from its spans, called once per layer.
 
     `order` is how the spans must be packed: those of the batched call first, in the order of their rows.
     """
 
+    page_size = None  # a page may be of any size; a whole sequence is best
+
     def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
-        self.cache, self.groups = cache, groups
+        self.cache, self.groups, self.device = cache, groups, cache.data.device
         self.paged = any(len(s.sequence.pages) > 1 for s in spans)
         short = [s for s in spans if s.length <= 2 * s.sequence.request.config.block_size]
         self.long = [s for s in spans if s.length > 2 * s.sequence.request.config.block_size]
         short.sort(key=lambda s: s.sequence.pages[0])
         self.order = short + self.long
-        self.limits = [_limits(s) for s in self.order]
+        self.limits = [limits(s) for s in self.order]
         self.short_tokens = sum(s.length for s in short)
         if short:
             self._plan_rows(short, dtype)
         self._plan_long(dtype)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return to_device(array, self.device)
 
     def _plan_rows(self, short: list[Span], dtype: torch.dtype) -> None:
         """Rows of the batched call: one per sequence, or one per page in use where each sequence has one page."""
@@ -64,28 +69,26 @@ class SpanAttention:
             longest = max(longest, min(span.end, size))
         self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
         regular = token == rows * width  # every row full: packing is a reshape
-        self.grid = None if regular else torch.from_numpy(grid.ravel())
-        self.places = None if regular else torch.from_numpy(np.concatenate(places))
+        self.grid = None if regular else self._tensor(grid.ravel())
+        self.places = None if regular else self._tensor(np.concatenate(places))
         visible = limit[owner] - first[:, None]  # (pages, width): keys of the page that the query sees
         self.mask = None
         if (visible < longest).any():
-            hidden = np.arange(longest) >= visible[:, :, None]
-            mask = torch.zeros(hidden.shape, dtype=dtype)
+            hidden = torch.arange(longest, device=self.device) >= self._tensor(visible)[:, :, None]
             # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
-            mask.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
             self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (pages, 1, width * groups, longest)
         if self.paged:
-            self.owner = torch.from_numpy(owner)
-            self.table = torch.from_numpy(table)
-            self.absent = torch.from_numpy(absent)[:, :, None, None]
+            self.owner, self.table = self._tensor(owner), self._tensor(table)
+            self.absent = self._tensor(absent)[:, :, None, None]
 
     def _plan_long(self, dtype: torch.dtype) -> None:
         self.long_plans = []
         for span, limit in zip(self.long, self.limits[len(self.order) - len(self.long) :], strict=True):
-            hidden = np.arange(span.end) >= limit[:, None]  # (length, end)
-            mask = torch.zeros(hidden.shape, dtype=dtype)
-            mask.masked_fill_(torch.from_numpy(hidden), -torch.inf)
-            slots = torch.from_numpy(self.cache.slots(span.sequence, 0, span.end)) if self.paged else None
+            hidden = torch.arange(span.end, device=self.device) >= self._tensor(limit)[:, None]  # (length, end)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
+            slots = self._tensor(self.cache.slots(span.sequence, 0, span.end)) if self.paged else None
             first = span.sequence.pages[0] * self.cache.page_size
             self.long_plans.append((span, mask.repeat_interleave(self.groups, dim=0), slots, first))
 
@@ -126,19 +129,25 @@ class SpanAttention:
 
     def _merged(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over all pages of a row from the partial softmax of each page."""
-        scores = torch.matmul(q.index_select(0, self.owner) * q.shape[-1] ** -0.5, k.transpose(2, 3))
+        scores = torch.matmul(q.index_select(0, self.owner) * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()
         if mask is not None:
             scores += mask
         peak = scores.amax(-1)  # (pages, kv_heads, queries)
         weights = (scores - peak[..., None]).exp_()
-        total, out = weights.sum(-1), torch.matmul(weights, v)
+        total, out = weights.sum(-1), torch.matmul(weights.to(v.dtype), v).float()
         peak = peak[self.table].masked_fill(self.absent, -torch.inf)  # (rows, most pages, kv_heads, queries)
         scale = (peak - peak.amax(1, keepdim=True)).exp_()
         out = (out[self.table] * scale[..., None]).sum(1)
-        return out / (total[self.table] * scale).sum(1)[..., None]
+        return (out / (total[self.table] * scale).sum(1)[..., None]).to(q.dtype)
 
 
-def _limits(span: Span) -> np.ndarray:
+def limits(span: Span) -> np.ndarray:
     """How many positions each token of the span sees: all up to the end of its block. int64 (length,)"""
     block = span.sequence.request.config.block_size
     return (np.arange(span.start, span.end) // block + 1) * block
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor; to a GPU through pinned memory, without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

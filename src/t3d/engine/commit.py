@@ -14,7 +14,7 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
     """Advance each sequence's block in flight by one step, in place.
 
     masks: per sequence, bool (block_size,), what is masked. logits: float32 (masked positions of all, vocab), in that
-    order; overwritten. Only what was drawn comes to the host: token, confidence and entropy of each masked position.
+    order; overwritten. Only what was drawn comes to the host: token, confidence, perhaps entropy of each position.
     Raises T3DError naming the sequence if the logits are not numbers.
     """
     configs = [s.request.config for s in sequences]
@@ -50,7 +50,9 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
         per_position([c.confidence == "sampling" for c in configs], torch.bool),
         entropy=any(k.needs_entropy for k in kinds),
     )
-    tokens, confidence = tokens.cpu(), confidence.cpu()
+    drawn = [tokens, confidence] if entropy is None else [tokens, confidence, entropy]
+    tokens, confidence, *more = torch.stack([x.double() for x in drawn]).cpu()  # one copy: the step's only wait
+    tokens, confidence = tokens.long(), confidence.float()
     bad = confidence.isnan()
     if bad.any():
         first = int(bad.nonzero()[0, 0])
@@ -73,7 +75,7 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
     every = Candidates(
         masked=torch.from_numpy(masked),
         confidence=grid(confidence, -torch.inf),
-        entropy=None if entropy is None else grid(entropy.cpu(), torch.inf),
+        entropy=grid(more[0].float(), torch.inf) if more else None,
         u=grid(numbers(stream=1, needed=True), 0.0) if any(k.needs_random for k in kinds) else None,
         quota=per_row(quota, torch.int64),
         floor=per_row([q if c.floor == "schedule" else 1 for q, c in zip(quota, configs, strict=True)], torch.int64),

@@ -12,7 +12,7 @@ from t3d.engine.intake import make_requests
 from t3d.engine.kv_cache import KVCache, cache_shape, free_memory
 from t3d.engine.progress import Progress
 from t3d.engine.request import Request, Sequence, Span
-from t3d.engine.runner import Runner
+from t3d.engine.runner import ATTENTION, Runner
 from t3d.engine.scheduler import Scheduler
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
@@ -65,7 +65,8 @@ class Engine:
     max_batch_size: sequences in flight. kv_cache_tokens: budget of the cache in token positions; None is what the call
     needs at most, within half of the free memory. page_size: positions per cache page; None chooses. prefill_tokens:
     most prompt tokens one forward carries besides the blocks being denoised. fused: write a finished block's keys and
-    values in the forward of the next block's first step (False: in one of its own, as a plain sampler does).
+    values in the forward of the next block's first step (False: in one of its own, as a plain sampler does). attention:
+    "sdpa" (portable) or "flex" (FlexAttention; for GPUs).
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Engine:
         page_size: int | None = None,
         prefill_tokens: int = 1024,
         fused: bool = True,
+        attention: str = "sdpa",
     ):
         given = {
             "max_batch_size": max_batch_size,
@@ -88,11 +90,13 @@ class Engine:
         for name, value in given.items():
             if value is not None and value < 1:
                 raise T3DError(f"engine.{name} must be at least 1, got {value}")
+        if attention not in ATTENTION:
+            raise T3DError(f"engine.attention is one of {', '.join(ATTENTION)}, got {attention!r}")
         if getattr(model.config, "mask_token_id", None) is None:
             raise T3DError("the model's config has no mask_token_id; it is not a block-diffusion checkpoint")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.kv_cache_tokens, self.page_size = max_batch_size, kv_cache_tokens, page_size
-        self.prefill_tokens, self.fused = prefill_tokens, fused
+        self.prefill_tokens, self.fused, self.attention = prefill_tokens, fused, attention
         self.runner: Runner | None = None
         self.stats = EngineStats()
 
@@ -139,7 +143,7 @@ class Engine:
         pages, page_size = size
         self.stats.kv_budget_tokens = pages * page_size
         if self.runner is None:
-            self.runner = Runner(self.model)
+            self.runner = Runner(self.model, self.attention)
         else:
             self.runner.refresh()
         shape = cache_shape(self.model.config)
@@ -166,7 +170,7 @@ class Engine:
         """
         longest, rows = max(r.most_tokens for r in requests), min(self.max_batch_size, len(requests))
         budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // self._bytes_per_token()
-        size = self.page_size
+        size = self.page_size or ATTENTION[self.attention].page_size
         if size is None and longest * rows <= budget:
             size = longest
         elif size is None:  # small, and leaving no more of the budget unused than the longest request allows

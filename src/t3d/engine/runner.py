@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t3d.engine.attention import SpanAttention
+from t3d.engine.attention import SDPAttention, to_device
+from t3d.engine.flex import FlexAttention
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Span
+
+ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
+_JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side
 
 
 @dataclass
@@ -29,37 +33,16 @@ class _Layer:
     mlp: Callable[[Tensor], Tensor]
 
 
-def _joined(*modules: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Linear layers of one input as a single product; anything that is not plainly linear (an adapter) is called."""
-    if not all(type(m) is nn.Linear for m in modules):
-        return lambda x: torch.cat([m(x) for m in modules], dim=-1)
-    weight = torch.cat([m.weight for m in modules])
-    bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):  # mixture of experts
-        return lambda x: module(x[None])[0]
-    gate_up, activation, down = _joined(module.gate_proj, module.up_proj), module.act_fn, module.down_proj
-
-    def forward(x: Tensor) -> Tensor:
-        gate, up = gate_up(x).chunk(2, dim=-1)
-        return down(activation(gate).mul_(up))
-
-    return forward
-
-
 class Runner:
     """Reads the model's weights at `refresh()`, so that a student trained in place is decoded as it is now."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, attention: str = "sdpa"):
         self.model = model
-        config = model.config
-        self.heads = config.num_attention_heads
-        _, self.kv_heads, self.head_dim = cache_shape(config)
+        self.attention = ATTENTION[attention]
+        self.heads = model.config.num_attention_heads
+        _, self.kv_heads, self.head_dim = cache_shape(model.config)
         self.groups = self.heads // self.kv_heads
-        self.eps = config.rms_norm_eps
+        self.eps = model.config.rms_norm_eps
         self.refresh()
 
     @torch.no_grad()
@@ -67,6 +50,8 @@ class Runner:
         body = self.model.model
         weight = body.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
+        small = sum(p.numel() * p.itemsize for p in body.layers.parameters()) <= _JOIN_BYTES
+        self.joined = small and self.device.type == "cpu"
         self.layers = []
         for layer in body.layers:
             a = layer.self_attn
@@ -75,13 +60,32 @@ class Runner:
                 _Layer(
                     input_norm=layer.input_layernorm.weight,
                     post_norm=layer.post_attention_layernorm.weight,
-                    qkv=_joined(a.q_proj, a.k_proj, a.v_proj),
+                    qkv=self._join(a.q_proj, a.k_proj, a.v_proj),
                     qk_norm=torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)]),
                     out=a.o_proj,
-                    mlp=_mlp(layer.mlp),
+                    mlp=self._mlp(layer.mlp),
                 )
             )
         self._rope = None
+
+    def _join(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Linear layers of one input as a single product; what is not plainly linear (an adapter) is called as it is."""
+        if not self.joined or not all(type(m) is nn.Linear for m in modules):
+            return lambda x: torch.cat([m(x) for m in modules], dim=-1)
+        weight = torch.cat([m.weight for m in modules])
+        bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
+        return lambda x: F.linear(x, weight, bias)
+
+    def _mlp(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):  # mixture of experts
+            return lambda x: module(x[None])[0]
+        gate_up, activation, down = self._join(module.gate_proj, module.up_proj), module.act_fn, module.down_proj
+
+        def forward(x: Tensor) -> Tensor:
+            gate, up = gate_up(x).chunk(2, dim=-1)
+            return down(activation(gate).mul_(up))
+
+        return forward
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, (tokens, 1, head_dim), from a table; the first half of sin is negated, see `_rotate`."""
@@ -97,19 +101,21 @@ class Runner:
     def forward(self, cache: KVCache, spans: list[Span], wanted: Callable[[Span], np.ndarray]) -> Tensor:
         """Write the spans' keys and values to the cache; logits, float32 (n, vocab), at `wanted(span)` positions.
 
-        `wanted` gives positions of the span, relative to the sequence; the logits come in the order of `spans`.
+        `wanted` gives positions of the span's sequence; the logits come in the order of `spans`.
         """
-        attention = SpanAttention(cache, spans, self.groups, self.dtype)
+        attention = self.attention(cache, spans, self.groups, self.dtype)
         order = attention.order
-        ids = torch.from_numpy(np.concatenate([s.sequence.tokens[s.start : s.end] for s in order]))
-        positions = torch.from_numpy(np.concatenate([np.arange(s.start, s.end) for s in order]))
-        slots = torch.from_numpy(np.concatenate([cache.slots(s.sequence, s.start, s.end) for s in order]))
         offset, token = {}, 0
         for span in order:
             offset[id(span)] = token - span.start
             token += span.length
-        select = torch.from_numpy(np.concatenate([wanted(s) + offset[id(s)] for s in spans]))
-        hidden = self._layers(cache, attention, ids, positions, slots, select)
+        packed = np.empty((3, token), dtype=np.int64)
+        np.concatenate([s.sequence.tokens[s.start : s.end] for s in order], out=packed[0])
+        np.concatenate([np.arange(s.start, s.end) for s in order], out=packed[1])
+        np.concatenate([cache.slots(s.sequence, s.start, s.end) for s in order], out=packed[2])
+        select = np.concatenate([wanted(s) + offset[id(s)] for s in spans])
+        ids, positions, slots = to_device(packed, self.device)
+        hidden = self._layers(cache, attention, ids, positions, slots, to_device(select, self.device))
         return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.model.model.norm.weight, self.eps)).float()
 
     def _layers(self, cache, attention, ids, positions, slots, select) -> Tensor:
