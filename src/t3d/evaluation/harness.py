@@ -27,7 +27,7 @@ DECODING = {f.name for f in fields(DecodingConfig)} - {"n", "stop", "max_tokens"
 class T3DHarness(LM):
     """A block-diffusion checkpoint in the harness.
 
-    pretrained: folder or hub id. batch_size: sequences in flight ("auto": the engine's default). device, dtype: as in
+    pretrained: folder or hub id. batch_size: sequences in flight ("auto" or 1: the default). device, dtype: as in
     `load_model`. max_gen_toks: where a task says nothing. Any setting of `DecodingConfig` (steps, strategy, threshold,
     ...) is an argument too; a task's own temperature, top_k and top_p win where it samples.
     """
@@ -42,7 +42,8 @@ class T3DHarness(LM):
         self.model, self.tokenizer = load_model(pretrained, dtype=dtype, device=device)
         if self.tokenizer is None:
             raise T3DError(f"{pretrained} has no tokenizer, which the harness needs")
-        sizes = [size for size in (batch_size, max_batch_size) if size not in (None, "auto")]
+        # the harness's command line says 1 where nothing was asked
+        sizes = [size for size in (batch_size, max_batch_size) if size not in (None, "auto", 1, "1")]
         self.engine = Engine(self.model, self.tokenizer, **({"max_batch_size": int(sizes[0])} if sizes else {}))
         self.decoding, self.max_gen_toks = DecodingConfig(**decoding), int(max_gen_toks)
         self._device, self.pretrained = self.model.device, str(pretrained)
