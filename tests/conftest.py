@@ -5,7 +5,16 @@ import torch
 
 
 def make_model(
-    block_size=4, vocab_size=64, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, seed=0, tie=False, **settings
+    block_size=4,
+    vocab_size=64,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    seed=0,
+    tie=False,
+    **settings,
 ):
     """A small SDAR with random weights, sharp enough that its decisions are far from ties. Mask token: the last id."""
     from t3d.models import SDARConfig, SDARForCausalLM

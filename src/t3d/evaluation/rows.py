@@ -156,6 +156,9 @@ COLUMNS = (
 )
 
 
+ALWAYS = ("model", "setting", "accuracy %", "95%", "TPF")  # columns that the terminal never leaves out
+
+
 def columns(rows: list[dict]) -> tuple:
     """`COLUMNS`, and one more for every number that the rows hold in `extra`, e.g. of text quality."""
     names = dict.fromkeys(
@@ -169,15 +172,19 @@ def columns(rows: list[dict]) -> tuple:
 
 
 def table(rows: Iterable[EvalRow], title: str | None = None) -> Table:
-    """The rows for the terminal: `rich.print(table(rows))`."""
+    """The rows for the terminal: `rich.print(table(rows))`. What is the same in all of them stands below."""
     values = [row.to_dict() for row in rows]
-    grid = Table(title=title, title_justify="left", header_style="bold")
-    for name, justify, _ in columns(values):
-        grid.add_column(name, justify=justify, no_wrap=name in ("model", "accuracy %", "95%"))
+    texts = {name: {text(row) for row in values} for name, _, text in columns(values)}
+    same = {name: found for name, found in texts.items() if len(found) == 1 and name not in ALWAYS}
+    shown = [column for column in columns(values) if column[0] not in same]
+    caption = ", ".join(f"{name} {text}" for name, found in same.items() for text in found)
+    grid = Table(title=title, title_justify="left", caption=caption, caption_justify="left", header_style="bold")
+    for name, justify, _ in shown:
+        grid.add_column(name, justify=justify, no_wrap=name in ALWAYS)
     previous = None
     for row in values:
         if previous not in (None, row["model"]):
             grid.add_section()
         previous = row["model"]
-        grid.add_row(*(text(row) for _, _, text in columns(values)))
+        grid.add_row(*(text(row) for _, _, text in shown))
     return grid
