@@ -103,10 +103,11 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
     if stage in (None, "eval"):
         from rich.console import Console
 
-        from t3d.evaluation import EvalRow, read_summary, table
+        from t3d.evaluation import EvalRow, read_summary
+        from t3d.evaluation.rows import print_table
 
         rows = [EvalRow(**row) for row in read_summary(run / "summary.json")["rows"]]
-        Console().print(table(rows))
+        print_table(rows, Console(width=None if sys.stdout.isatty() else 120))
     if stage in (None, "report"):
         print(f"report: {run / 'report.html'}")
 

@@ -1,12 +1,16 @@
 """The commands that are no stages, and the installed program itself."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from t3d import __version__
+from t3d.evaluation import EvalRow, read_summary
+from t3d.evaluation.rows import print_table
 
 
 def program(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -98,3 +102,13 @@ def test_an_unexpected_failure_is_not_hidden(t3d, write_recipe):
     assert done.code == 1
     assert "RuntimeError: a fault of the program" in done.stderr
     assert "RuntimeError: a fault of the program" in (t3d.folder / "runs" / "recipe" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_the_terminal(finished, width):
+    console = Console(width=width, file=io.StringIO())
+    print_table([EvalRow(**row) for row in read_summary(finished[0] / "summary.json")["rows"]], console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    assert all(word in lines[1] for word in ("model", "setting", "accuracy %", "95%", "TPF"))

@@ -1,8 +1,9 @@
 """One row per evaluated setting: made from its trajectories, shown as a table."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 
+from rich.console import Console
 from rich.table import Table
 
 from t3d.decoding.config import DecodingConfig
@@ -171,12 +172,23 @@ def columns(rows: list[dict]) -> tuple:
     return COLUMNS + tuple(column(name) for name in names)
 
 
-def table(rows: Iterable[EvalRow], title: str | None = None) -> Table:
-    """The rows for the terminal: `rich.print(table(rows))`. What is the same in all of them stands below."""
+def print_table(rows: Iterable[EvalRow], console: Console) -> None:
+    """Print `table(rows)`, in a narrow terminal without the columns that matter least; summary.json has them all."""
+    rows, skip = list(rows), []
+    for name in (None, *(name for name, *_ in reversed(COLUMNS) if name not in ALWAYS)):
+        skip.append(name)
+        unbounded = console.options.update(width=10**6)
+        if console.measure(table(rows, skip=skip), options=unbounded).maximum <= console.width:
+            break
+    console.print(table(rows, skip=skip))
+
+
+def table(rows: Iterable[EvalRow], title: str | None = None, skip: Container[str] = ()) -> Table:
+    """The rows for the terminal, without the columns in `skip`. What is the same in all of them stands below."""
     values = [row.to_dict() for row in rows]
     texts = {name: {text(row) for row in values} for name, _, text in columns(values)}
     same = {name: found for name, found in texts.items() if len(found) == 1 and name not in ALWAYS}
-    shown = [column for column in columns(values) if column[0] not in same]
+    shown = [column for column in columns(values) if column[0] not in same and column[0] not in skip]
     caption = ", ".join(f"{name} {text}" for name, found in same.items() for text in found)
     grid = Table(title=title, title_justify="left", caption=caption, caption_justify="left", header_style="bold")
     for name, justify, _ in shown:
