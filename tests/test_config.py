@@ -120,7 +120,7 @@ def test_missing_folder_and_binary_files(tmp_path):
 def test_objectives_and_schedules_are_checked_with_the_trainers_own_words(recipe):
     with pytest.raises(T3DError, match="did you mean 't3d'"):
         load_recipe(recipe("train: {objective: t3dd}")).training_arguments("x")
-    with pytest.raises(T3DError, match="lr_scheduler|SchedulerType") as error:
+    with pytest.raises(T3DError, match=r"lr_scheduler|SchedulerType") as error:
         load_recipe(recipe("train: {lr_scheduler_type: sideways}")).training_arguments("x")
     assert "\n" not in str(error.value)
 
@@ -157,6 +157,6 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
     try:
         taken = key.check(value, "here")
     except T3DError as error:
-        assert str(error).startswith(f"here: {key.dotted} must be ")
+        assert str(error).startswith(f"here: {key.dotted} must be ")  # noqa: PT017
     else:
         assert taken == value or list(taken) == value

@@ -39,7 +39,7 @@ class ModelConfig:
     path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
     dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
     device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
-    architecture: dict[str, Any] | None = _help(  # noqa: RUF009
+    architecture: dict[str, Any] | None = _help(
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
         "that of `path`, or the embedded task's",
         default=None,
