@@ -113,9 +113,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = make_model(options.device, getattr(torch, options.dtype))
-    print(
-        f"torch {torch.__version__}, {options.device}, {options.dtype}, {options.threads} thread(s), {platform.machine()}"
-    )
+    about = f"torch {torch.__version__}, {options.device}, {options.dtype}, {options.threads} thread(s)"
+    print(f"{about}, {platform.machine()}")
     print(f"{'batch':>5} {'steps':>5} {'plain tok/s':>12} {'engine tok/s':>13} {'ratio':>7} {'equal':>7}")
     rows = []
     for batch in options.batch:

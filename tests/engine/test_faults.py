@@ -81,7 +81,7 @@ def test_engine_settings_are_checked(model, name):
 
 
 def test_unknown_attention_names_the_known(model):
-    with pytest.raises(T3DError, match="engine.attention is one of sdpa, flex"):
+    with pytest.raises(T3DError, match="attention is one of sdpa, flex"):
         Engine(model, attention="flash")
 
 

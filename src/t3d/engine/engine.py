@@ -1,60 +1,16 @@
 """Many prompts in, trajectories out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import numpy as np
-import torch
 
 from t3d.decoding.config import DecodingConfig
-from t3d.engine.commit import commit_step
 from t3d.engine.intake import make_requests
-from t3d.engine.kv_cache import KVCache, cache_shape, free_memory
+from t3d.engine.kv_cache import bytes_per_token, free_memory
 from t3d.engine.progress import Progress
-from t3d.engine.request import Request, Sequence, Span
+from t3d.engine.request import Request
 from t3d.engine.runner import ATTENTION, Runner
-from t3d.engine.scheduler import Scheduler
+from t3d.engine.session import EngineStats, Event, FinishedEvent, Session
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
-
-
-@dataclass(frozen=True)
-class BlockEvent:
-    """A block of one sequence is decided. `token_ids` are its generated tokens (a prompt's tail left out)."""
-
-    index: int
-    sample: int
-    token_ids: list[int]
-    step_map: list[int]
-
-
-@dataclass(frozen=True)
-class FinishedEvent:
-    """A sequence has ended. `index` is its prompt's place in the caller's list."""
-
-    index: int
-    sample: int
-    trajectory: Trajectory
-
-
-Event = BlockEvent | FinishedEvent
-
-
-@dataclass
-class EngineStats:
-    """What one call has done so far. Tokens count through the first stop token."""
-
-    sequences: int = 0
-    finished: int = 0
-    tokens: int = 0  # of finished sequences
-    forwards: int = 0  # of the model, whatever the batch
-    sequence_forwards: int = 0  # summed over the finished sequences: their NFE
-    preemptions: int = 0
-    running: int = 0
-    waiting: int = 0
-    kv_tokens: int = 0  # positions that the pages in use can hold
-    kv_peak_tokens: int = 0
-    kv_budget_tokens: int = 0
 
 
 class Engine:
@@ -130,46 +86,50 @@ class Engine:
     ) -> Iterator[Event]:
         """As `generate`, but yields each block as it is decided and each trajectory as it ends, in that order.
 
-        What a caller has stored when it is interrupted is whole trajectories; the rest was never handed out.
+        The prompts are checked at the call, the work is done while iterating. What a caller has stored when it is
+        interrupted is whole trajectories; the rest was never handed out.
         """
         requests = make_requests(prompts, config, seeds, self.model, self.tokenizer)
-        size = self._cache_size(requests) if requests else None
-        return self._run(requests, size, progress)
+        self.cache_size(requests)
+        return self._run(requests, progress)
 
-    def _run(self, requests: list[Request], size: tuple[int, int] | None, progress: bool) -> Iterator[Event]:
-        self.stats = EngineStats(sequences=len(requests))
-        if size is None:
-            return
-        pages, page_size = size
-        self.stats.kv_budget_tokens = pages * page_size
+    def open(self, requests: list[Request]) -> Session:
+        """A session whose cache is sized for these requests, none of which is added yet; reads the weights."""
         if self.runner is None:
             self.runner = Runner(self.model, self.attention)
         else:
             self.runner.refresh()
-        shape = cache_shape(self.model.config)
-        cache = KVCache(pages, page_size, *shape, self.runner.dtype, self.runner.device)
-        scheduler = Scheduler(cache, self.max_batch_size, self.prefill_tokens, self.fused)
+        self.stats = EngineStats()
+        scheduling = {
+            "max_batch_size": self.max_batch_size,
+            "prefill_tokens": self.prefill_tokens,
+            "fused": self.fused,
+        }
+        return Session(self.runner, self.tokenizer, self.cache_size(requests), scheduling, self.stats)
+
+    def _run(self, requests: list[Request], progress: bool) -> Iterator[Event]:
+        session = self.open(requests)
         for request in requests:
-            scheduler.add(Sequence(request, self.model.config.mask_token_id))
+            session.add(request)
         training = self.model.training
         self.model.eval()
         try:
             with Progress(self.stats, enabled=progress) as bar:
-                while spans := scheduler.plan():
-                    events = self._step(scheduler, spans)
-                    self._count(scheduler, events)
+                while not session.done:
+                    events = session.step()
                     bar.update()
                     yield from events
         finally:
             self.model.train(training)
 
-    def _cache_size(self, requests: list[Request]) -> tuple[int, int]:
+    def cache_size(self, requests: list[Request]) -> tuple[int, int]:
         """(pages, positions per page): one page per sequence where the budget holds all in flight at their longest.
 
-        Otherwise small pages, so that memory goes where the tokens are.
+        Otherwise small pages, so that memory goes where the tokens are. Raises T3DError if a request can never fit.
         """
-        longest, rows = max(r.most_tokens for r in requests), min(self.max_batch_size, len(requests))
-        budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // self._bytes_per_token()
+        longest = max((r.most_tokens for r in requests), default=1)
+        rows = min(self.max_batch_size, max(len(requests), 1))
+        budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // bytes_per_token(self.model)
         size = self.page_size or ATTENTION[self.attention].page_size
         if size is None and longest * rows <= budget:
             size = longest
@@ -183,62 +143,3 @@ class Engine:
                     f"({pages} pages of {size}); raise engine.kv_cache_tokens or lower max_tokens"
                 )
         return pages, size
-
-    def _bytes_per_token(self) -> int:
-        layers, heads, dim = cache_shape(self.model.config)
-        return 2 * layers * heads * dim * self.model.dtype.itemsize
-
-    @torch.inference_mode()
-    def _step(self, scheduler: Scheduler, spans: list[Span]) -> list[Event]:
-        """One forward, and what follows from it."""
-        denoising = [s.sequence for s in spans if s.denoise]
-        masks = {id(s): s.masked() for s in denoising}
-
-        def wanted(span: Span) -> np.ndarray:
-            """Positions whose logits are needed: the masked ones of the block in flight."""
-            return span.sequence.base + masks[id(span.sequence)].nonzero()[0] if span.denoise else _NOTHING
-
-        logits = self.runner.forward(scheduler.cache, spans, wanted)
-        for span in spans:
-            span.sequence.advance(span)
-        if denoising:
-            commit_step(denoising, list(masks.values()), logits, self.model.config.mask_token_id)
-        events: list[Event] = []
-        for sequence in denoising:
-            if not sequence.masked().any():
-                events += self._end_block(scheduler, sequence)
-        return events
-
-    def _end_block(self, scheduler: Scheduler, sequence: Sequence) -> Iterator[Event]:
-        request, prompt = sequence.request, len(sequence.request.prompt_ids)
-        first = max(sequence.base, prompt)
-        sequence.base, sequence.step = sequence.block_end, 0
-        block = slice(first, sequence.base)
-        yield BlockEvent(
-            request.index, request.sample, sequence.tokens[block].tolist(), sequence.step_map[block].tolist()
-        )
-        end = sequence.end(first, self.tokenizer)
-        if end is None:
-            return
-        scheduler.finish(sequence)
-        length, reason = end
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(sequence.tokens[prompt : prompt + length], skip_special_tokens=True)
-        yield FinishedEvent(request.index, request.sample, sequence.trajectory(length, reason, text))
-
-    def _count(self, scheduler: Scheduler, events: list[Event]) -> None:
-        stats, cache = self.stats, scheduler.cache
-        for event in events:
-            if isinstance(event, FinishedEvent):
-                stats.finished += 1
-                stats.tokens += event.trajectory.length
-                stats.sequence_forwards += event.trajectory.nfe.total
-        stats.forwards += 1
-        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.preemptions = scheduler.preemptions
-        stats.kv_tokens = cache.used_pages * cache.page_size
-        stats.kv_peak_tokens = cache.peak * cache.page_size
-
-
-_NOTHING = np.zeros(0, dtype=np.int64)

@@ -101,6 +101,12 @@ def cache_shape(config) -> tuple[int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
+def bytes_per_token(model) -> int:
+    """Of keys and values, in all layers."""
+    layers, heads, dim = cache_shape(model.config)
+    return 2 * layers * heads * dim * model.dtype.itemsize
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":

@@ -69,7 +69,10 @@ class Runner:
         self._rope = None
 
     def _join(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Linear layers of one input as a single product; what is not plainly linear (an adapter) is called as it is."""
+        """Linear layers of one input as a single product; what is not plainly linear (an adapter) is called as it is.
+
+        Only on a CPU, and only a small model: elsewhere the weights are not copied.
+        """
         if not self.joined or not all(type(m) is nn.Linear for m in modules):
             return lambda x: torch.cat([m(x) for m in modules], dim=-1)
         weight = torch.cat([m.weight for m in modules])
