@@ -16,7 +16,7 @@ from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.report import ReportConfig, show, write_report
-from t3d.report.charts import Point, Series, accuracy_chart, line_chart, ticks
+from t3d.report.charts import Point, Series, accuracy_chart, front, line_chart, ticks
 from t3d.report.runs import choose_problems, load_runs, reference, viewer_data
 from t3d.report.tokens import step_colour, token_texts
 from t3d.tasks.word_problems import build_tokenizer
@@ -255,6 +255,16 @@ def test_charts_are_well_formed_for_odd_input():
     point = Point(1.0, 50.0, 30.0, 70.0, "<b>", '"&')
     assert ET.fromstring(accuracy_chart([Series("a&b", 0, [point])], 400, 300)) is not None
     assert ET.fromstring(line_chart("x", [(1, 0.0), (2, 0.0)])) is not None
+
+
+def test_labels_do_not_collide_and_the_front_ignores_rounding():
+    def points(*places):
+        return [Point(x, y, y - 1, y + 1, "label", "") for x, y in places]
+
+    one, other = points((1.0, 90), (3.73, 56)), points((1.0, 89), (3.74, 19), (5.0, 10))
+    series = [Series("a", 0, one), Series("b", 1, other)]
+    assert front(series) == [one[0], one[1], other[2]]
+    assert accuracy_chart(series, 700, 400).count(">label<") == 4
 
 
 def test_step_colours_are_readable_and_ordered():

@@ -24,6 +24,21 @@ class Series:
     points: list[Point]
 
 
+def front(series: list[Series]) -> list[Point]:
+    """The Pareto front of all points. Tokens per forward count to a tenth: less is no gain that one would pay for."""
+    points = [p for s in series for p in s.points]
+    return [points[i] for i in pareto([(round(p.x, 1), p.y) for p in points])]
+
+
+def labelled(series: list[Series], near_x: float, near_y: float) -> list[Point]:
+    """The points whose labels have room: no other labelled point is both within `near_x` and within `near_y`."""
+    found: list[Point] = []
+    for p in (p for s in series for p in s.points):
+        if all(abs(p.x - q.x) > near_x or abs(p.y - q.y) > near_y for q in found):
+            found.append(p)
+    return found
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, at most `most` or so of them."""
     span = (high - low) or abs(high) or 1.0
@@ -66,9 +81,11 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
         parts.append(f'<text class="tick" x="{x(value)}" y="{height - 20}" text-anchor="middle">{value:g}</text>')
     middle = (left + width - right) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">tokens per forward</text>')
-    front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
-    if len(front) > 1:
-        parts.append(f'<path class="front" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in front)}"/>')
+    best = front(series)
+    across, up = (xs[-1] - xs[0]) / (width - left - right), (ys[-1] - ys[0]) / (height - top - bottom)  # per pixel
+    roomy = labelled(series, 50 * across, 13 * up)
+    if len(best) > 1:
+        parts.append(f'<path class="front" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in best)}"/>')
     for s in series:
         ordered = sorted(s.points, key=lambda p: p.x)
         parts.append(f'<g class="c{s.colour}">')
@@ -76,11 +93,12 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
         for p in ordered:
             beyond = float(x(p.x)) > width - 60
             place = 'dx="-9" dy="1.4em" text-anchor="end"' if beyond else 'dx="9" dy="-.55em"'
+            label = f'<text x="{x(p.x)}" y="{y(p.y)}" {place}>{escape(p.label)}</text>' if p in roomy else ""
             parts.append(
                 f'<g class="point"><title>{escape(p.title)}</title>'
                 f'<path class="whisker" d="M{x(p.x)} {y(p.low)}V{y(p.high)}"/>'
                 f'<circle cx="{x(p.x)}" cy="{y(p.y)}" r="5"/>'
-                f'<text x="{x(p.x)}" y="{y(p.y)}" {place}>{escape(p.label)}</text></g>'
+                f"{label}</g>"
             )
         parts.append("</g>")
     return _svg(width, height, "accuracy in percent against tokens per forward", parts)

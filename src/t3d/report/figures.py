@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from t3d.errors import T3DError
-from t3d.evaluation.metrics import pareto
-from t3d.report.charts import Series
+from t3d.report.charts import Series, front, labelled
 
 COLOURS = ("#2563a8", "#8a8f98", "#c2571a", "#2f8f6b", "#8b5cb5", "#a63a50")  # as in page.css, in the light
 
@@ -20,10 +19,11 @@ def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> lis
         axes = figure.add_subplot()
         axes.spines["right"].set_visible(False)
         axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
-        points = [p for s in series for p in s.points]
-        front = [points[i] for i in pareto([(p.x, p.y) for p in points])]
-        if len(front) > 1:
-            axes.plot([p.x for p in front], [p.y for p in front], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
+        best, points = front(series), [p for s in series for p in s.points]
+        spans = [max(values) - min(values) for values in ([p.x for p in points], [p.y for p in points])]
+        roomy = labelled(series, 0.1 * spans[0], 0.05 * spans[1])
+        if len(best) > 1:
+            axes.plot([p.x for p in best], [p.y for p in best], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
         for s in series:
             ordered = sorted(s.points, key=lambda p: p.x)
             errors = [[p.y - p.low for p in ordered], [p.high - p.y for p in ordered]]
@@ -37,7 +37,7 @@ def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> lis
                 label=s.name,
                 zorder=2,
             )
-            for p in ordered:
+            for p in (p for p in ordered if p in roomy):
                 axes.annotate(p.label, (p.x, p.y), (6, 5), textcoords="offset points", fontsize=8, color="#555b64")
         axes.set_xlabel("tokens per forward")
         axes.set_ylabel("accuracy (%)")

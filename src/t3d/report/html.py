@@ -143,7 +143,13 @@ def _plot(curves: list[Series]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    shown = columns([row.values for row in rows])
+    shown, same = [], []
+    for name, side, text in columns([row.values for row in rows]):
+        values = {text(row.values) for row in rows}
+        if name in ("n", "T", "seed") and len(values) == 1:  # said once, below
+            same.append(f"{name} = {values.pop()}")
+        else:
+            shown.append((name, side, text))
     head = "".join(f'<th class="{side}">{escape(name)}</th>' for name, side, _ in shown)
     body = []
     previous = None
@@ -163,6 +169,7 @@ def _table(rows: list[Row]) -> str:
         "TPS: tokens per second of decoding"
         + (f" ({'; '.join(machines)})" if machines else "")
         + ". NFE: forwards per response. length: tokens per response. cut: responses that did not end by themselves."
+        + (f" {', '.join(same)}." if same else "")
     )
     return (
         f'<section><h2>Results</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -175,13 +182,16 @@ def _training(runs: list[Run]) -> str:
     for run in runs:
         if not run.curves:
             continue
-        order = sorted(run.curves, key=lambda name: (name != "loss", name))
-        charts = "".join(
+        order = sorted(run.curves, key=lambda name: (not name.startswith("loss"), "/" in name, name))
+        charts = [
             f"<figure><figcaption>{escape(name)}</figcaption>{line_chart(name, run.curves[name])}</figure>"
             for name in order
-        )
+        ]
         title = f"<h3>{escape(run.path.resolve().name)}</h3>" if len(runs) > 1 else ""
-        parts.append(f'{title}<div class="curves">{charts}</div>')
+        parts.append(f'{title}<div class="curves">{"".join(charts[:6])}</div>')
+        if len(charts) > 6:
+            more = f"<summary>{len(charts) - 6} more</summary>"
+            parts.append(f'<details>{more}<div class="curves">{"".join(charts[6:])}</div></details>')
     if not parts:
         return ""
     return f'<section><h2>Training</h2>{"".join(parts)}<p class="note">Each against the optimizer step.</p></section>'
