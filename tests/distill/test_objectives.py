@@ -147,7 +147,7 @@ def test_soft_is_the_divergence_to_the_reference(kind, top_k):
         middle = [(a + b) / 2 for a, b in zip(qi, pi, strict=True)]
         pairs = {"forward": [(pi, qi)], "reverse": [(qi, pi)], "js": [(pi, middle), (qi, middle)]}[kind]
         total += sum(a * math.log(a / b) for x, y in pairs for a, b in zip(x, y, strict=True)) / len(pairs)
-    assert float(loss) == pytest.approx(total / len(q), rel=1e-4)
+    assert loss.item() == pytest.approx(total / len(q), rel=1e-4)
     loss.backward()
     assert all(w.grad.isfinite().all() for w in student.parameters())
 

@@ -34,7 +34,7 @@ def parts():
 def facts(row):
     """All of a row that must not depend on how often it was interrupted."""
     values = row.to_dict()
-    for name in ("wall_seconds", "tps", "results"):
+    for name in ("wall_seconds", "tps", "results", "hardware"):
         values.pop(name)
     return values
 
