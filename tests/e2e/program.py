@@ -47,7 +47,7 @@ class Program:
         process.output = output
         return process
 
-    def finish(self, process, seconds: float = 120) -> Done:
+    def finish(self, process, seconds: float = 600) -> Done:
         process.join(seconds)
         assert process.exitcode is not None, f"still running after {seconds} s"
         read = [(process.output / name).read_text() for name in ("stdout", "stderr")]
@@ -56,7 +56,7 @@ class Program:
     def __call__(self, *arguments: str, largest_file: int | None = None) -> Done:
         return self.finish(self.start(*arguments, largest_file=largest_file))
 
-    def stop_when(self, process, happened, with_signal=signal.SIGKILL, seconds: float = 120) -> Done:
+    def stop_when(self, process, happened, with_signal=signal.SIGKILL, seconds: float = 600) -> Done:
         """Send the signal as soon as `happened()`."""
         end = time.monotonic() + seconds
         while not happened():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from t3d.config import Recipe
 from t3d.errors import T3DError
+from t3d.evaluation.summary import write_whole
 from t3d.log import log, to_file
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
@@ -158,16 +159,7 @@ class RunFolder:
         return times | {"total": round(sum(times.values()), 3)}
 
     def write_json(self, name: str, value) -> None:
-        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write RUN/name whole or not at all."""
-        path = self / name
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+        write_whole(self / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def describe(self, recipe: Recipe) -> None:
         """Write recipe.yaml and versions.json; say so if the run continues with other versions."""
@@ -180,7 +172,7 @@ class RunFolder:
             if changed:
                 log.warning("this run continues with other versions: %s", ", ".join(changed))
         self.write_json("versions.json", now)
-        self.write_text("recipe.yaml", recipe.to_yaml())
+        write_whole(self / "recipe.yaml", recipe.to_yaml())
 
 
 @contextlib.contextmanager

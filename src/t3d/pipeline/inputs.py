@@ -70,6 +70,8 @@ class Inputs:
 def _some(problems: list[Problem], what: str) -> list[Problem]:
     if not problems:
         raise T3DError(f"task: there are no {what} problems")
+    if repeated := len(problems) - len({problem.id for problem in problems}):
+        raise T3DError(f"task: {repeated} {what} problems have the id of another one; ids must differ")
     return problems
 
 
