@@ -24,7 +24,7 @@ def step_colour(step: int, steps: int, dark: bool) -> tuple[int, int, int]:
     """sRGB of a token's background: blue for the first step to rose for the last, and lighter (in the dark: darker)
     on the way, so that the order shows without hue too."""
     t = step / max(1, steps - 1)
-    lightness, chroma = (0.46 - 0.18 * t, 0.085) if dark else (0.81 + 0.12 * t, 0.085 - 0.03 * t)
+    lightness, chroma = (0.47 - 0.16 * t, 0.09) if dark else (0.81 + 0.12 * t, 0.085 - 0.03 * t)
     return _oklch(lightness, chroma, math.radians(255 - 235 * t))
 
 
