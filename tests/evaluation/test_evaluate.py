@@ -15,6 +15,8 @@ from trajectory_examples import make_trajectory
 from t3d import DecodingConfig, Engine, T3DError
 from t3d.decoding.strategies import STRATEGIES
 from t3d.evaluation import EvalConfig, evaluate, read_summary, summarise, table, write_summary
+from t3d.evaluation.results import markdown
+from t3d.evaluation.rows import print_table
 from t3d.evaluation.runner import resolve, setting_name
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
@@ -272,6 +274,24 @@ def test_a_foreign_summary_is_named(tmp_path, content):
         read_summary(path)
     with pytest.raises(T3DError, match="run `t3d eval` first"):
         read_summary(tmp_path / "missing.json")
+
+
+def test_tables_fit_and_have_what_only_some_evaluations_have():
+    rows = [replace(row, pass_at={"1": 0.5, "2": 0.75}, majority=0.25, extra={"bleu": 12.345}) for row in some_rows()]
+    rows[1] = replace(rows[1], extra={"bleu": 20.0}, majority=0.5)
+
+    def printed(width, rows):
+        console = rich.console.Console(width=width, record=True, file=io.StringIO())
+        print_table(rows, console)
+        return console.export_text()
+
+    assert printed(80, some_rows()).count("accuracy %") == 1
+    assert max(map(len, printed(80, some_rows()).splitlines())) <= 80
+    text = printed(160, rows)
+    assert "12.35" in text
+    assert "majority %" in text
+    assert "pass@2 % 75.0" in text  # the same in all rows: said once, below
+    assert "pass@2 % | majority % | bleu |" in markdown([row.to_dict() for row in rows])
 
 
 def test_table_shows_every_row():

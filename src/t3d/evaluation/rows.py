@@ -1,6 +1,6 @@
 """One row per evaluated setting: made from its trajectories, shown as a table."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
@@ -161,34 +161,46 @@ ALWAYS = ("model", "setting", "accuracy %", "95%", "TPF")  # columns that the te
 
 
 def columns(rows: list[dict]) -> tuple:
-    """`COLUMNS`, and one more for every number that the rows hold in `extra`, e.g. of text quality."""
+    """`COLUMNS`, pass@k and majority where there are several samples, and every number in `extra` (text quality)."""
+    ks = dict.fromkeys(k for row in rows for k in row["pass_at"])
     names = dict.fromkeys(
         name for row in rows for name, value in row["extra"].items() if isinstance(value, int | float)
     )
+    more = [(f"pass@{k} %", "right", lambda r, k=k: percent(r["pass_at"].get(k))) for k in ks]
+    more += [("majority %", "right", lambda r: percent(r["majority"]))] if ks else []
 
-    def column(name: str):
-        return name, "right", lambda r: "–" if name not in r["extra"] else f"{r['extra'][name]:.4g}"
+    def number(row: dict, name: str) -> str:
+        return f"{row['extra'][name]:.4g}" if name in row["extra"] else "–"
 
-    return COLUMNS + tuple(column(name) for name in names)
+    more += [(name.replace("_", " "), "right", lambda r, name=name: number(r, name)) for name in names]
+    return (*COLUMNS, *more)
 
 
 def print_table(rows: Iterable[EvalRow], console: Console) -> None:
-    """Print `table(rows)`, in a narrow terminal without the columns that matter least; summary.json has them all."""
+    """Print the rows, in a narrow terminal without the columns that matter least; summary.json has them all.
+
+    What only some evaluations have (pass@k, text quality) is a table of its own.
+    """
     rows, skip = list(rows), []
     for name in (None, *(name for name, *_ in reversed(COLUMNS) if name not in ALWAYS)):
         skip.append(name)
         unbounded = console.options.update(width=10**6)
-        if console.measure(table(rows, skip=skip), options=unbounded).maximum <= console.width:
+        main = table(rows, shown=[column for column in COLUMNS if column[0] not in skip])
+        if console.measure(main, options=unbounded).maximum <= console.width:
             break
-    console.print(table(rows, skip=skip))
+    console.print(main)
+    more = columns([row.to_dict() for row in rows])[len(COLUMNS) :]
+    if more:
+        console.print(table(rows, shown=[*COLUMNS[:2], *more]))
 
 
-def table(rows: Iterable[EvalRow], title: str | None = None, skip: Container[str] = ()) -> Table:
-    """The rows for the terminal, without the columns in `skip`. What is the same in all of them stands below."""
+def table(rows: Iterable[EvalRow], title: str | None = None, shown: Iterable[tuple] | None = None) -> Table:
+    """The rows for the terminal, in the columns `shown` (default: all). What all rows share stands below."""
     values = [row.to_dict() for row in rows]
-    texts = {name: {text(row) for row in values} for name, _, text in columns(values)}
+    shown = columns(values) if shown is None else list(shown)
+    texts = {name: {text(row) for row in values} for name, _, text in shown}
     same = {name: found for name, found in texts.items() if len(found) == 1 and name not in ALWAYS}
-    shown = [column for column in columns(values) if column[0] not in same and column[0] not in skip]
+    shown = [column for column in shown if column[0] not in same]
     caption = ", ".join(f"{name} {text}" for name, found in same.items() for text in found)
     grid = Table(title=title, title_justify="left", caption=caption, caption_justify="left", header_style="bold")
     for name, justify, _ in shown:
