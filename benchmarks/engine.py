@@ -1,15 +1,19 @@
 """Tokens per second of the engine beside a plain sampler, in one interleaved run.
 
-    python benchmarks/engine.py [--json FILE] [--rounds N] [--threads N] [--batch N ...] [--steps N ...] [--device cpu]
+    python benchmarks/engine.py [--json FILE] [--rounds N] [--threads N] [--batch N ...] [--steps N ...] [--memory]
 
 The plain sampler does what SDAR's own generate.py does: one sequence, transformers' forward with a DynamicCache, `S`
 denoising forwards per block and one more that stores the finished block. Both must give the same tokens. A ratio is the
 engine's tokens per second over the plain sampler's; each round measures both, and the table shows medians.
+
+`--memory` instead decodes 256 requests of mixed length through a cache of 1/8 of what they need at once, and compares
+the results and the memory with those of an unbounded run.
 """
 
 import argparse
 import json
 import platform
+import resource
 import statistics
 import time
 
@@ -101,6 +105,41 @@ def measure(model, batch: int, steps: int, rounds: int) -> dict:
     }
 
 
+def peak_memory() -> float:
+    """MiB of resident memory this process has come to."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(model) -> dict:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(8, most, (), generator=generator))
+
+    prompts = [torch.randint(0, 8000, (draw(256),), generator=generator).tolist() for _ in range(256)]
+    configs = [DecodingConfig(steps=2, max_tokens=draw(256), stop_ids=()) for _ in prompts]
+    need = sum(-(-(len(p) + c.max_tokens) // BLOCK) * BLOCK for p, c in zip(prompts, configs, strict=True))
+    Engine(model).generate(prompts[:1], configs[:1])
+    rows, results = [], []
+    for name, budget in (("1/8", need // 8), ("all at once", None)):
+        engine, before, start = Engine(model, max_batch_size=256, kv_cache_tokens=budget), peak_memory(), time.time()
+        results.append([(t.response_ids, t.step_map, t.length) for t in engine.generate(prompts, configs)])
+        rows.append(
+            {
+                "cache": name,
+                "positions": engine.stats.kv_budget_tokens,
+                "peak_positions": engine.stats.kv_peak_tokens,
+                "preemptions": engine.stats.preemptions,
+                "grown_mib": round(peak_memory() - before, 1),
+                "seconds": round(time.time() - start, 1),
+            }
+        )
+        print("   ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    equal = sum(a == b for a, b in zip(*results, strict=True))
+    print(f"{equal}/256 results equal")
+    return {"need_positions": need, "runs": rows, "equal": equal}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the results to this file")
@@ -110,11 +149,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory", action="store_true", help="measure memory under a small budget instead of speed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = make_model(options.device, getattr(torch, options.dtype))
     about = f"torch {torch.__version__}, {options.device}, {options.dtype}, {options.threads} thread(s)"
     print(f"{about}, {platform.machine()}")
+    found = {"torch": torch.__version__, "threads": options.threads, "device": options.device, "dtype": options.dtype}
+    found |= {"memory": measure_memory(model)} if options.memory else {"ratios": measure_all(model, options)}
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+def measure_all(model, options) -> list[dict]:
     print(f"{'batch':>5} {'steps':>5} {'plain tok/s':>12} {'engine tok/s':>13} {'ratio':>7} {'equal':>7}")
     rows = []
     for batch in options.batch:
@@ -122,9 +170,7 @@ def main() -> None:
             row = measure(model, batch, steps, options.rounds)
             rows.append(row)
             print("{batch:>5} {steps:>5} {plain:>12} {engine:>13} {ratio:>6}x {equal:>7}".format(**row), flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, "threads": options.threads, "ratios": rows}, file, indent=1)
+    return rows
 
 
 if __name__ == "__main__":

@@ -128,17 +128,21 @@ class SDPAttention:
         return out if self.places is None else out.index_select(0, self.places)
 
     def _merged(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax over all pages of a row from the partial softmax of each page."""
-        scores = torch.matmul(q.index_select(0, self.owner) * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()
-        if mask is not None:
-            scores += mask
-        peak = scores.amax(-1)  # (pages, kv_heads, queries)
-        weights = (scores - peak[..., None]).exp_()
-        total, out = weights.sum(-1), torch.matmul(weights.to(v.dtype), v).float()
-        peak = peak[self.table].masked_fill(self.absent, -torch.inf)  # (rows, most pages, kv_heads, queries)
-        scale = (peak - peak.amax(1, keepdim=True)).exp_()
-        out = (out[self.table] * scale[..., None]).sum(1)
-        return (out / (total[self.table] * scale).sum(1)[..., None]).to(q.dtype)
+        """Attention over all pages of a row from the attention to each page by itself."""
+        out, weight = _partial(q.index_select(0, self.owner), k, v, mask)
+        weight = weight[self.table].masked_fill_(self.absent, -torch.inf)  # (rows, most pages, kv_heads, queries)
+        weight = weight.softmax(1)[..., None]
+        return (out[self.table] * weight).sum(1).to(q.dtype)
+
+
+def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention and the log of its denominator, float32: (batch, heads, queries, head_dim) and (batch, heads, queries)."""
+    if q.device.type == "cpu":  # the kernel behind scaled_dot_product_attention: it reads strided keys without a copy
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()
+    if mask is not None:
+        scores += mask
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v).float(), scores.logsumexp(-1)
 
 
 def limits(span: Span) -> np.ndarray:

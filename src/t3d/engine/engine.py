@@ -12,6 +12,8 @@ from t3d.engine.session import EngineStats, Event, FinishedEvent, Session
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
 
+_LITTLE = 256 << 20  # bytes of cache that are not worth paging
+
 
 class Engine:
     """Decodes prompts with a block-diffusion model: batched, with a KV cache, reproducible per sequence.
@@ -123,17 +125,19 @@ class Engine:
             self.model.train(training)
 
     def cache_size(self, requests: list[Request]) -> tuple[int, int]:
-        """(pages, positions per page): one page per sequence where the budget holds all in flight at their longest.
+        """(pages, positions per page). Raises T3DError if a request can never fit.
 
-        Otherwise small pages, so that memory goes where the tokens are. Raises T3DError if a request can never fit.
+        Small pages, so that memory goes where the tokens are; but one page per sequence, which is a little faster,
+        where even the longest answers of all in flight would take little.
         """
         longest = max((r.most_tokens for r in requests), default=1)
         rows = min(self.max_batch_size, max(len(requests), 1))
-        budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // bytes_per_token(self.model)
+        each = bytes_per_token(self.model)
+        budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // each
         size = self.page_size or ATTENTION[self.attention].page_size
-        if size is None and longest * rows <= budget:
+        if size is None and longest * rows <= min(budget, _LITTLE // each):
             size = longest
-        elif size is None:  # small, and leaving no more of the budget unused than the longest request allows
+        elif size is None:  # and leaving no more of the budget unused than the longest request allows
             size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n * n >= longest), 1)
         pages = min(budget // size, -(-longest // size) * rows)
         for request in requests:
