@@ -112,6 +112,27 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
         print(f"report: {run / 'report.html'}")
 
 
+@app.command("study")
+def study_command(
+    study: Annotated[Path, typer.Argument(help="a YAML file", metavar="STUDY", show_default=False)],
+    overrides: OVERRIDES = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only list the runs, and which are complete")] = False,
+) -> None:
+    """Run many variants of a recipe over several seeds and write a table; what is complete is skipped."""
+    from t3d.log import to_terminal
+    from t3d.study import load_study, run_study
+    from t3d.study.runner import complete
+
+    to_terminal()
+    loaded = load_study(study, overrides or ())
+    if plan:
+        for job in loaded.jobs:
+            print(f"{'complete' if complete(job) else 'to do   '}  {job.recipe.run_dir}")
+        return
+    run_study(loaded)
+    print(f"results: {Path(loaded.folder) / 'results.md'}")
+
+
 @app.command("show")
 def show_command(
     folder: Annotated[Path, typer.Argument(help="RUN/rollout or RUN/eval/MODEL/SETTING", metavar="FOLDER")],

@@ -39,11 +39,16 @@ class ModelConfig:
     path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
     dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
     device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
+    block_size: int | None = _help("tokens per block; default: the checkpoint's own", default=None)
     architecture: dict[str, Any] | None = _help(
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
         "that of `path`, or the embedded task's",
         default=None,
     )
+
+    def __post_init__(self):
+        if self.block_size is not None and self.block_size < 1:
+            raise T3DError(f"block_size must be at least 1, got {self.block_size}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class RolloutConfig(DecodingConfig):
     temperature: float = _help("0 is greedy", default=0.1)
     seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
     chunk: int = _help("sequences decoded and stored together: what a killed rollout loses at most", default=512)
+    source: str | None = _help("train on the trajectories of this run or folder, and roll out nothing", default=None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -214,7 +220,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         T3DError: one line: a missing or malformed file, an unknown section or key, or a value of the wrong type.
     """
-    parts = [(str(path), _read(Path(path))), *((f"override {text!r}", _override(text)) for text in overrides)]
+    parts = [(str(path), read_yaml(Path(path))), *((f"override {text!r}", _override(text)) for text in overrides)]
     given, sources = {}, {}  # dotted key -> its value as written, and where it was last set
     for source, part in parts:
         found = dict(_flat(part, source))
@@ -249,7 +255,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return Recipe(**built)
 
 
-def _read(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """A YAML file with a mapping at its top, interpolations as written; T3DError with one line if it is not one."""
     try:
         config = OmegaConf.create(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -32,7 +32,8 @@ class T3DConfig(TrainingArguments):
     )
     random_ratio: float = _help("share of masked inputs replaced by random tokens (still supervised)", 0.1)
     states_per_sequence: int = _help("noisy states of one trajectory that share its clean copy in a forward", 1)
-    mf_anchor: float = _help("mean_field: weight of the cross-entropy to verified trajectories; 0: label-free", 0.5)
+    mf_anchor: float = _help("mean_field: weight of the cross-entropy to the trajectories", 0.5)
+    mf_warmup: float = _help("mean_field: share of the training, at its start, with that cross-entropy alone", 0.0)
     mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
     mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
     mf_temperature: float = _help("mean_field: 0 fills masks with the student's argmax; else a sample at it", 0.0)
@@ -45,6 +46,12 @@ class T3DConfig(TrainingArguments):
     soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
+    max_trajectories: int = _help("use only this many of the rollout, from its start; 0: all", 0)
+    max_cost: float = _help(
+        "end at this training cost instead of `max_steps`, in tokens through the student forward (one with its "
+        "backward pass counts 3, one of the reference 1); 0: off",
+        0.0,
+    )
     pack_length: int = _help("pack several trajectories into rows of this many tokens; 0: one to a row", 0)
 
     # TrainingArguments' own, with other defaults
@@ -85,7 +92,10 @@ class T3DConfig(TrainingArguments):
         kinds = ("forward", "reverse", "js")
         check(self.soft_divergence in kinds, f"soft_divergence is one of {kinds}, got {self.soft_divergence!r}")
         check(self.soft_top_k >= 0, f"soft_top_k must not be negative, got {self.soft_top_k}")
+        check(self.max_trajectories >= 0, f"max_trajectories must not be negative, got {self.max_trajectories}")
+        check(0 <= self.mf_warmup <= 1, f"mf_warmup must lie in 0..1, got {self.mf_warmup}")
         check(self.on_policy_steps, "on_policy_steps must not be empty")
+        check(self.max_cost >= 0, f"max_cost must not be negative, got {self.max_cost}")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
         check(
             self.states_per_sequence >= 1,
@@ -93,6 +103,12 @@ class T3DConfig(TrainingArguments):
         )
         check(self.round_interval >= 0, f"round_interval must not be negative, got {self.round_interval}")
         check(self.reference_temperature >= 0, "reference_temperature must not be negative")
+        check(
+            not self.max_cost or self.warmup_steps < 1,
+            f"warmup_steps must be a share below 1 with max_cost, got {self.warmup_steps}",
+        )
+        if self.max_cost and self.max_steps <= 0:
+            self.max_steps = 10**6  # the cost ends the training
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         self.use_muon = self.optim == "muon"

@@ -21,8 +21,8 @@ class TrainingBatch:
 
     input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
     select: flat index of each supervised position into rows * length; target: the trajectory's token there; rank: its
-    commit rank in its block; weight: the state's weight; labelled: 1 where the target is part of a response verified
-    as correct, else 0; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is
+    commit rank in its block; weight: the state's weight; labelled: 1 where the target is part of a trajectory, 0 behind
+    its end and in the student's own contexts; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is
     in, counted over the batch; all `(m,)`. item: each document's place in the dataset, `(documents,)`; -1: none.
     """
 
@@ -70,10 +70,11 @@ class StateDataset(Dataset):
         self.epoch = 0
 
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
-        kept, dropped = range(len(self.trajectories)), {}
+        given = range(min(len(self.trajectories), self.config.max_trajectories or len(self.trajectories)))
+        kept, dropped = given, {}
         if self.config.verified_only or self.config.max_length:
             kept, dropped = [], {"not verified correct": 0, "too long": 0}
-            for i in range(len(self.trajectories)):
+            for i in given:
                 trajectory = self.trajectories[i]
                 tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
                 if self.config.verified_only and not trajectory.correct:
@@ -107,7 +108,10 @@ class StateDataset(Dataset):
         return self.states(self.trajectory(item), rng, item)
 
     def states(self, trajectory: Trajectory, rng: np.random.Generator, item: int = -1) -> dict:
-        """One row's worth of tokens: the clean trajectory and `states_per_sequence` noisy states of it."""
+        """One row's worth of tokens: the clean trajectory and `states_per_sequence` noisy states of it.
+
+        item: its place in the dataset; -1: it is the student's own, and no label.
+        """
         prompt = np.asarray(trajectory.prompt_ids, dtype=np.int64)
         response = np.asarray(trajectory.response_ids, dtype=np.int64)
         start = len(prompt)
@@ -128,7 +132,7 @@ class StateDataset(Dataset):
             )
             base = sum(map(len, ids)) + start - first  # where this copy's first response token lies in the row
             where = np.flatnonzero(masked & supervised_too)
-            labelled = counted[where] * float(trajectory.correct is True)
+            labelled = counted[where] * float(item >= 0)
             place = (np.full(len(where), copy), block[where])
             supervised.append((base + where, response[where], rank[where], weight[where], labelled, *place))
             ids.append(np.concatenate([prompt[first:], noisy]))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
+from t3d.blocks import PADDING
 from t3d.decoding import DecodingConfig
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
@@ -61,6 +62,37 @@ class T3DTrainer(Trainer):
             if args.round_interval:
                 self.add_callback(_RefreshReference(self))
         self._logged: dict[str, list[float]] = defaultdict(list)
+        self._tokens = 0  # through the student's forward, or as much work, since Trainer last asked
+        self._flops_per_token = 2 * sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        if args.max_cost:
+            self.add_callback(_EndAtCost(self))
+
+    @property
+    def cost(self) -> float:
+        """What the training has cost: tokens through a frozen forward; student forward plus backward counts 3."""
+        return self.state.total_flos / self._flops_per_token
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is over, 0..1."""
+        done = self.cost / self.args.max_cost if self.args.max_cost else self.state.global_step / self.state.max_steps
+        return min(1.0, done)
+
+    def floating_point_ops(self, inputs) -> float:
+        """Of the last micro-batch, all models' forwards included; `Trainer` adds them up as `total_flos`."""
+        tokens, self._tokens = self._tokens, 0
+        return float(tokens * self._flops_per_token)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """With `max_cost` the schedule runs over the cost, not over the steps."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.max_cost:
+
+            def at_progress(schedule):
+                return lambda step: schedule(round(self.progress * num_training_steps))
+
+            scheduler.lr_lambdas = [at_progress(schedule) for schedule in scheduler.lr_lambdas]
+        return scheduler
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch's prompts with responses that the student decodes now, in few steps (for on-policy objectives)."""
@@ -74,16 +106,22 @@ class T3DTrainer(Trainer):
         )
         seeds = [int(seed) for seed in rng.integers(0, 2**62, len(prompts))]
         trajectories = Engine(self.model, max_batch_size=len(prompts)).generate(prompts, decoding, seeds=seeds)
+        for trajectory in trajectories:
+            forwards = trajectory.nfe.denoise + trajectory.nfe.commit
+            self._tokens += len(trajectory.prompt_ids) + forwards * batch.block_size
         examples = [self.train_dataset.states(trajectory, rng) for trajectory in trajectories]
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = TrainingBatch(**inputs)
-        if self.objective.on_policy and turns(self.state.global_step, self.args.on_policy_share):
+        objective = self.objective.at(self.progress, self.args)
+        if objective.on_policy and turns(self.state.global_step, self.args.on_policy_share):
             batch = self._own_contexts(batch)
         implementation = self.model.config._attn_implementation
 
         def forward(network, head, batch=batch):
+            tokens = int((batch.document != PADDING).sum())
+            self._tokens += 3 * tokens if network is model else tokens
             mask = batch.layout.attention_mask(implementation)
             return network(
                 input_ids=batch.input_ids,
@@ -97,7 +135,7 @@ class T3DTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 return forward(self.reference, head, *other)
 
-        loss, metrics = self.objective.loss(batch, partial(forward, model), reference, self.args, self.mask_id)
+        loss, metrics = objective.loss(batch, partial(forward, model), reference, self.args, self.mask_id)
         if not math.isfinite(loss.item()):
             raise T3DError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower train.learning_rate, "
@@ -108,6 +146,7 @@ class T3DTrainer(Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
+        logs["cost"] = round(self.cost)
         logs |= {name: sum(values) / len(values) for name, values in self._logged.items()}
         self._logged.clear()
         super().log(logs, *args, **kwargs)
@@ -151,6 +190,17 @@ class _RefreshReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.round_interval == 0:
             self.trainer.reference.load_state_dict(self.trainer.model.state_dict())
+
+
+class _EndAtCost(TrainerCallback):
+    """Ends the training when it has cost `max_cost`."""
+
+    def __init__(self, trainer: T3DTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.store_flos()  # summed over processes, so that all end at the same step
+        control.should_training_stop |= self.trainer.cost >= args.max_cost
 
 
 def _owned(model) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ class EvalConfig:
     text: bool = _help("also BLEU, ROUGE-L, Distinct-n and agreement with the teacher; needs t3d[text]", default=False)
     scorer: str | None = _help("checkpoint (causal or block-diffusion) that gives texts a perplexity", default=None)
     split: str = _help("problems to evaluate on: test, dev or train", default="test")
+    teacher: bool = _help("evaluate the teacher beside the student", default=True)
     checkpoints: tuple[str, ...] = _help(
         "further checkpoint folders to evaluate beside teacher and student", default=()
     )

@@ -16,8 +16,8 @@ __all__ = ["STAGES", "RunFolder", "run_stages", "to_terminal"]
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a recipe has; `sft` learns from ground truth and needs no rollout."""
-    return STAGES[1:] if recipe.objective == "sft" else STAGES
+    """The stages that a recipe has; one that learns from ground truth, or from another run's rollout, has none."""
+    return STAGES[1:] if recipe.objective == "sft" or recipe.rollout.source else STAGES
 
 
 def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = False) -> RunFolder:
@@ -29,7 +29,8 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
     stages = stages_of(recipe)
     wanted = tuple(stage for stage in stages if stage in wanted)
     if not wanted:
-        raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")
+        reason = f"it learns from {recipe.rollout.source or 'the solutions of the task'}"
+        raise T3DError(f"a run of this recipe has no rollout: {reason}")
     with RunFolder(recipe.run_dir) as run:
         first = stages.index(wanted[0])
         for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:

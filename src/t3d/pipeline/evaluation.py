@@ -64,7 +64,7 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
 
 def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
     """(name, objective, model, tokenizer) of each model to evaluate, one in memory at a time."""
-    if recipe.model.architecture is None:  # random weights have nothing to show
+    if recipe.eval.teacher and recipe.model.architecture is None:  # random weights have nothing to show
         yield "teacher", None, *inputs.teacher
         inputs.release()
     places = {"student": run / "student"}

@@ -32,6 +32,8 @@ class Inputs:
         model, tokenizer = load_model(path, dtype=dtype or wanted.dtype, device=wanted.device)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        if wanted.block_size is not None:
+            model.config.block_size = wanted.block_size
         return model, tokenizer
 
     @cached_property

@@ -1,6 +1,9 @@
 """Which keys of a recipe the result of a stage depends on."""
 
+from dataclasses import fields
+
 from t3d.config import Recipe
+from t3d.decoding import DecodingConfig
 
 # Keys that change neither the trajectories nor the student nor the rows: prefixes of dotted names.
 NEUTRAL = (
@@ -10,6 +13,7 @@ NEUTRAL = (
     "model.device",
     "task.allow_unsandboxed",
     "rollout.chunk",
+    "eval.teacher",
     "train.logging_",
     "train.log_",
     "train.save_",
@@ -33,8 +37,10 @@ LATER = {  # sections and keys that only later stages read
 def settings(recipe: Recipe, stage: str) -> dict:
     """The dotted keys of a recipe, with their values, on which the result of a stage depends."""
     ignored = NEUTRAL + LATER[stage]
-    if recipe.train["objective"] == "sft":
+    if recipe.objective == "sft":
         ignored += ("rollout.",)
+    elif recipe.rollout.source:
+        ignored += tuple(f"rollout.{f.name}" for f in fields(DecodingConfig))
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -41,6 +41,7 @@ def train(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     if checkpoint is not None:
         log.info("train: continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.save_state()  # with all that was logged
     save_model(trainer.model.to(getattr(torch, dtype)), run / "student", tokenizer)
     log.info(
         "train: %d steps of %s; the student is %s", trainer.state.global_step, arguments.objective, run / "student"
@@ -50,6 +51,8 @@ def train(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
 def check_training(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings or data that cannot be trained with."""
     recipe.training_arguments(recipe.run_dir)
+    if recipe.objective != "sft" and recipe.rollout.source:
+        TrajectoryDataset(source(recipe))
     if recipe.objective == "sft":
         inputs.task.solution(inputs.train_problems[0], Random(0))
 
@@ -57,13 +60,21 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
 def _data(run: RunFolder, recipe: Recipe, inputs: Inputs, model, tokenizer):
     """The trajectories; for `sft` the task's ground-truth responses in their form."""
     if recipe.objective != "sft":
-        return TrajectoryDataset(run / "rollout")
+        return TrajectoryDataset(source(recipe) or run / "rollout")
     stops = stop_ids(model)
     if not stops:
         raise T3DError("model: neither generation_config.json nor config.json gives an eos_token_id to end responses")
     return SolutionDataset(
         inputs.task, tokenizer, recipe.task.num_train, model.config.block_size, stops[0], recipe.seed
     )
+
+
+def source(recipe: Recipe) -> Path | None:
+    """The folder of trajectories that `rollout.source` names: it, or the rollout of the run that it is."""
+    if recipe.rollout.source is None:
+        return None
+    path = Path(recipe.rollout.source)
+    return path / "rollout" if (path / "rollout").is_dir() else path
 
 
 def last_checkpoint(folder: Path) -> Path | None:

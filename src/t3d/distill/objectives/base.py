@@ -23,6 +23,10 @@ class Objective:
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
 
+    def at(self, progress: float, config: T3DConfig) -> "Objective":
+        """The objective whose loss counts when the share `progress` (0..1) of the training is over."""
+        return self
+
     def state(
         self, block: np.ndarray, rank: np.ndarray, rng: np.random.Generator, config: T3DConfig
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,132 @@
+"""The study's YAML file: a base recipe, and variants of it as overrides in the recipe's own language."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from t3d.config import Recipe, load_recipe, read_yaml
+from t3d.errors import T3DError, nearest
+from t3d.pipeline.settings import settings
+
+VERIFIED, LABEL_FREE, SOLUTIONS = "verified trajectories", "no labels", "ground truth"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one variant changes (`set`), and its seeds where they are not the study's."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    set: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant at one seed, as a recipe with a run folder of its own, and the rollout that it shares, if any."""
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    rollout: Recipe | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of a study; docs/recipes.md describes the file."""
+
+    path: Path
+    recipe: str  # the base, a path relative to the study's file
+    folder: str  # where the runs go: FOLDER/NAME-seedN, rollouts to FOLDER/rollouts
+    variants: dict[str, Variant]  # the order in which they run
+    seeds: tuple[int, ...] = (0,)
+    set: tuple[str, ...] = ()  # overrides for all variants
+    against: tuple[str, ...] = ()  # variants that the others are compared with, one for each source of labels
+    plot: tuple[str, ...] = ()  # variants in the plots; default: all
+    results: str | None = None  # a Markdown file, relative to the study's, that gets the results between its marks
+    overrides: tuple[str, ...] = ()  # the command line's
+
+    def __post_init__(self):
+        for name in self.variants:
+            if not re.fullmatch(r"[\w.+-]+", name) or name in ("rollouts", "teacher"):
+                raise T3DError(f"{self.path}: {name!r} cannot be a variant's name: use letters, digits, . _ + -")
+        for name in (*self.against, *self.plot):
+            if name not in self.variants:
+                raise T3DError(f"{self.path}: there is no variant {name!r}{nearest(name, self.variants)}")
+        if not self.jobs:
+            raise T3DError(f"{self.path}: there is nothing to run: no variant has a seed")
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every run, in order. Of those that share rollout and decode settings the first also evaluates the teacher."""
+        jobs, seen = [], set()
+        for name, variant in self.variants.items():
+            for seed in self.seeds if variant.seeds is None else variant.seeds:
+                job = self._job(name, variant, seed)
+                key = json.dumps([job.rollout and job.rollout.run_dir, job.recipe.to_dict()["eval"]])
+                if key in seen or job.rollout is None:
+                    job = self._job(name, variant, seed, "eval.teacher=false")
+                seen.add(key)
+                jobs.append(job)
+        return jobs
+
+    def _job(self, name: str, variant: Variant, seed: int, *more: str) -> Job:
+        def recipe(place: str, *more: str) -> Recipe:
+            overrides = (*self.set, *variant.set, *self.overrides, f"seed={seed}", *more)
+            try:
+                overrides += (f"run_dir={Path(self.folder) / place}",)
+                loaded = load_recipe(self.path.parent / self.recipe, overrides)
+                loaded.training_arguments(loaded.run_dir)  # checks
+                return loaded
+            except T3DError as error:
+                raise T3DError(f"{self.path}: variant {name!r}: {error}") from error
+
+        whole = recipe(f"{name}-seed{seed}", *more)
+        if whole.objective == "sft" or whole.rollout.source:
+            return Job(name, seed, whole, None)
+        made_with = json.dumps(settings(whole, "rollout"), sort_keys=True)
+        rollout = recipe(f"rollouts/seed{seed}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}")
+        return Job(name, seed, recipe(f"{name}-seed{seed}", *more, f"rollout.source={rollout.run_dir}"), rollout)
+
+
+def labels(recipe: Recipe) -> str:
+    """What a student of this recipe knows beside the teacher."""
+    if recipe.objective == "sft":
+        return SOLUTIONS
+    return VERIFIED if recipe.train["verified_only"] else LABEL_FREE
+
+
+def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """The study in the YAML file `path`, every variant's recipe checked; `overrides` go to all of them.
+
+    Raises:
+        T3DError: one line: a missing or malformed file, an unknown key, or a recipe that is not one.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    known = {field.name: field.type for field in fields(Study) if field.name not in ("path", "overrides")}
+    for name in values:
+        if name not in known:
+            raise T3DError(f"{path}: unknown key {name!r}{nearest(str(name), known)}; keys are {', '.join(known)}")
+    for name in ("recipe", "folder", "variants"):
+        if not values.get(name):
+            raise T3DError(f"{path}: a study needs `{name}`; keys are {', '.join(known)}")
+    if isinstance(values["variants"], dict):
+        values["variants"] = {
+            name: {"set": value or []} if value is None or isinstance(value, list) else value
+            for name, value in values["variants"].items()
+        }
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = TypeAdapter(known[name]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([name, *(str(part) for part in first["loc"])])
+            raise T3DError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from error
+    return Study(path=path, overrides=tuple(overrides), **checked)

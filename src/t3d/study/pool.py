@@ -1,0 +1,120 @@
+"""What a study's complete runs found, pooled over seeds."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from t3d.errors import T3DError
+from t3d.evaluation.compare import Comparison, compare
+from t3d.evaluation.metrics import wilson
+from t3d.evaluation.rows import setting
+from t3d.evaluation.summary import read_summary
+from t3d.pipeline import RunFolder
+from t3d.study.config import Job, Study, labels
+from t3d.trajectories import Trajectory, TrajectoryDataset
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One model at one decode setting over all of its seeds; the problems of different seeds are different ones."""
+
+    variant: str
+    labels: str
+    setting: str
+    rows: dict[int, dict]  # by seed, as in summary.json
+    answers: dict[int, Path]  # by seed, folder of the trajectories
+
+    def _sum(self, value) -> float:
+        return sum(value(row) for row in self.rows.values())
+
+    @property
+    def n(self) -> int:
+        return int(self._sum(lambda row: row["num_verified"]))
+
+    @property
+    def accuracy(self) -> float:
+        return self._sum(lambda row: row["accuracy"] * row["num_verified"]) / self.n
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        return wilson(self.accuracy * self.n, self.n)
+
+    @property
+    def tpf(self) -> float:
+        """Tokens per forward that denoises, over all sequences."""
+        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
+        return tokens / max(1.0, self._sum(lambda row: row["nfe_denoise"] * row["num_problems"]))
+
+    @property
+    def mean_length(self) -> float:
+        return self._sum(lambda row: row["mean_length"]) / len(self.rows)
+
+    def trajectories(self, seeds) -> Iterator[Trajectory]:
+        for seed in seeds:
+            for t in TrajectoryDataset(self.answers[seed]):
+                yield replace(t, prompt_id=f"{seed}/{t.prompt_id}")
+
+    def against(self, other: "Pool") -> tuple[list[int], Comparison] | None:
+        """The seeds that both have, and the paired comparison on their problems; None if there are none."""
+        seeds = sorted(self.rows.keys() & other.rows.keys())
+        if not seeds:
+            return None
+        try:
+            return seeds, compare(self.trajectories(seeds), other.trajectories(seeds))
+        except T3DError:  # no problem in common: another task or evaluation set
+            return None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training one job took."""
+
+    steps: int
+    tokens: float  # through a frozen forward, or as much work: see T3DTrainer.cost
+    seconds: float
+
+
+def pools(study: Study) -> list[Pool]:
+    """Every variant, after the teacher, at every decode setting; only what was run."""
+    found: dict[tuple[str, str, str, int], tuple[dict, dict]] = {}
+    for job in study.jobs:
+        run = RunFolder(job.recipe.run_dir)
+        if not run.complete("eval"):
+            continue
+        for row in read_summary(run / "summary.json")["rows"]:
+            if row["model"] not in ("teacher", "student") or row["accuracy"] is None:
+                continue
+            mine = row["model"] == "student"
+            key = (job.variant if mine else "teacher", labels(job.recipe) if mine else "", setting(row))
+            key += (row["block_size"],)
+            rows, answers = found.setdefault(key, ({}, {}))
+            rows.setdefault(job.seed, row)
+            answers.setdefault(job.seed, run / "eval" / row["results"])
+    order = {name: place for place, name in enumerate(("teacher", *study.variants))}
+    sizes = {size for *_, size in found}
+    made = []
+    for (name, known, where, size), (rows, answers) in sorted(found.items(), key=lambda item: order[item[0][0]]):
+        where += f", block {size}" if len(sizes) > 1 else ""
+        made.append(Pool(name, known, where, rows, answers))
+    return made
+
+
+def costs(study: Study) -> dict[str, list[Cost]]:
+    """What training took, of every complete run, by variant."""
+    found: dict[str, list[Cost]] = {}
+    for job in study.jobs:
+        run = RunFolder(job.recipe.run_dir)
+        if run.complete("train"):
+            found.setdefault(job.variant, []).append(_cost(run, job))
+    return found
+
+
+def _cost(run: RunFolder, job: Job) -> Cost:
+    path = run / "train" / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text())
+        tokens = [entry["cost"] for entry in state["log_history"] if "cost" in entry][-1]
+        return Cost(state["global_step"], tokens, run.record("train")["seconds"])
+    except (OSError, ValueError, LookupError) as error:
+        raise T3DError(f"cannot read what {job.variant}, seed {job.seed} logged: {path}: {error}") from error

@@ -1,0 +1,189 @@
+"""A study's results as Markdown with plots, and as JSON; also between the marks of a document."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from t3d.errors import T3DError
+from t3d.evaluation.rows import percent
+from t3d.evaluation.summary import write_whole
+from t3d.report.charts import Point, Series
+from t3d.report.figures import save_accuracy_plot
+from t3d.study.config import Study
+from t3d.study.pool import Cost, Pool, costs, pools
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+
+
+def write_study_results(study: Study) -> None:
+    """Write FOLDER/results.md, results.json and the plots, of the runs that are complete; none yet: nothing.
+
+    Raises:
+        T3DError: if a file cannot be written, or the document that `results` names has no marks.
+    """
+    found = pools(study)
+    if not found:
+        return
+    folder = Path(study.folder)
+    spent = costs(study)
+    pairs = list(comparisons(study, found))
+    write_whole(folder / "results.json", json.dumps(_plain(found, spent, pairs), indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "results.md", _markdown(study, found, spent, pairs, _plots(study, found, folder / "results")))
+    if study.results is not None:
+        path = study.path.parent / study.results
+        text = _markdown(study, found, spent, pairs, _plots(study, found, path.with_suffix("")))
+        write_whole(path, _between_marks(path, text))
+
+
+def comparisons(study: Study, found: list[Pool]) -> Iterable[tuple]:
+    """(variant's pool, the other's, seeds in common, comparison) of every variant with the `against` of its labels."""
+    for pool in found:
+        for other in found:
+            same = (pool.labels, pool.setting) == (other.labels, other.setting)
+            if same and other.variant in study.against and pool.variant not in study.against:
+                result = pool.against(other)
+                if result is not None:
+                    yield pool, other, *result
+
+
+def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, plots: dict) -> str:
+    settings = list(dict.fromkeys(pool.setting for pool in found))
+    teacher = [pool for pool in found if not pool.labels]
+    parts = []
+    for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
+        mine = [pool for pool in found if pool.labels == known]
+        parts += [f"### Students of {known}", "", *_accuracies(teacher + mine, settings, spent), ""]
+        if known in plots:
+            parts += [f"![accuracy against tokens per forward, students of {known}]({plots[known].name})", ""]
+        compared = [pair for pair in pairs if pair[0].labels == known]
+        if compared:
+            parts += [*_differences(compared), ""]
+    planned = {job.variant: [j.seed for j in study.jobs if j.variant == job.variant] for job in study.jobs}
+    missing = {
+        name: sorted(set(seeds) - {seed for pool in found if pool.variant == name for seed in pool.rows})
+        for name, seeds in planned.items()
+    }
+    left = "; ".join(f"`{name}` (seed {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds)
+    if left:
+        parts += [f"Not run yet: {left}.", ""]
+    return "\n".join(parts)
+
+
+def _accuracies(shown: list[Pool], settings: list[str], spent: dict[str, list[Cost]]) -> list[str]:
+    """One line per variant: accuracy with its interval at every setting, tokens per forward where they vary, cost."""
+    lines = [
+        _line("variant", *(f"{s}, %" for s in settings), "n", "seeds", "steps", "cost", "seconds"),
+        _line("---", *("---:" for _ in settings), *("---:" for _ in range(5))),
+    ]
+    for name in dict.fromkeys(pool.variant for pool in shown):
+        mine = {pool.setting: pool for pool in shown if pool.variant == name}
+        some = next(iter(mine.values()))
+        lines.append(
+            _line(
+                name if name == "teacher" else f"`{name}`",
+                *(_cell(mine.get(s)) for s in settings),
+                str(some.n),
+                ", ".join(map(str, sorted(some.rows))),
+                *_costs(spent.get(name)),
+            )
+        )
+    return lines
+
+
+def _cell(pool: Pool | None) -> str:
+    if pool is None:
+        return "–"
+    low, high = pool.ci95
+    text = f"{percent(pool.accuracy)} ({percent(low)}–{percent(high)})"
+    return text + (f", {pool.tpf:.2f} TPF" if next(iter(pool.rows.values()))["knobs"] else "")
+
+
+def _costs(spent: list[Cost] | None) -> tuple[str, str, str]:
+    """Means over seeds."""
+    if not spent:
+        return "–", "–", "–"
+    mean = [sum(values) / len(spent) for values in zip(*((c.steps, c.tokens, c.seconds) for c in spent), strict=True)]
+    return f"{mean[0]:.0f}", f"{mean[1] / 1e6:.2f}M", f"{mean[2]:.0f}"
+
+
+def _differences(pairs: list) -> list[str]:
+    lines = [
+        _line("against", "variant", "setting", "difference, points", "only this / only that", "n", "p (McNemar)"),
+        _line("---", "---", "---", "---:", "---:", "---:", "---:"),
+    ]
+    for pool, other, _, result in pairs:
+        low, high = result.ci95
+        lines.append(
+            _line(
+                f"`{other.variant}`",
+                f"`{pool.variant}`",
+                pool.setting,
+                f"{100 * result.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+                f"{result.only_a} / {result.only_b}",
+                str(result.n),
+                f"{result.p_value:.2g}",
+            )
+        )
+    return lines
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
+    """STEM-LABELS.svg and .png for every source of labels; the SVG's path."""
+    made = {}
+    for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
+        wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]
+        wanted = [p for p in found if not p.labels] + [p for p in wanted if p.labels]
+        names = list(dict.fromkeys(pool.variant for pool in wanted))
+        series = []
+        for colour, name in enumerate(names):
+            points = [
+                Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
+                for p in wanted
+                if p.variant == name
+            ]
+            series.append(Series(name, colour, points))
+        if len(names) > 1:
+            made[known] = save_accuracy_plot(series, stem.with_name(f"{stem.name}-{known.replace(' ', '-')}"))[0]
+    return made
+
+
+def _between_marks(path: Path, text: str) -> str:
+    try:
+        old = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise T3DError(f"cannot read {path}, where the results should go: {error.strerror}") from error
+    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
+        raise T3DError(f"{path} has no place for the results: add the lines {BEGIN} and {END}")
+    head, rest = old.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
+
+
+def _plain(found: list[Pool], spent: dict[str, list[Cost]], pairs: list) -> dict:
+    return {
+        "format": "t3d-study",
+        "version": 1,
+        "rows": [
+            {
+                "variant": p.variant,
+                "labels": p.labels or None,
+                "setting": p.setting,
+                "seeds": sorted(p.rows),
+                "n": p.n,
+                "accuracy": p.accuracy,
+                "ci95": list(p.ci95),
+                "by_seed": {str(seed): row["accuracy"] for seed, row in sorted(p.rows.items())},
+                "tpf": p.tpf,
+                "mean_length": p.mean_length,
+            }
+            for p in found
+        ],
+        "costs": {name: [vars(cost) for cost in values] for name, values in spent.items()},
+        "comparisons": [
+            {"variant": a.variant, "against": b.variant, "setting": a.setting, "seeds": seeds, "n": r.n} | vars(r)
+            for a, b, seeds, r in pairs
+        ],
+    }

@@ -1,0 +1,137 @@
+"""A study from beginning to end on a tiny model: one command, resumable, with a table that adds up."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import yaml
+
+from t3d.evaluation.metrics import wilson
+from t3d.trajectories import TrajectoryDataset
+
+STUDY = {
+    "recipe": "recipe.yaml",
+    "folder": "runs/study",
+    "seeds": [0, 1],
+    "set": ["train.max_steps=-1", "train.max_cost=20000", "train.warmup_steps=0.1", "eval.strategy=[low_confidence_static,low_confidence_dynamic]"],
+    "against": ["t3d"],
+    "variants": {
+        "t3d": [],
+        "mean-field": ["train.objective=mean_field", "train.mf_warmup=0.5", "train.round_interval=0"],
+        "path": {"set": ["train.objective=path"], "seeds": [1]},
+    },
+    "results": "results.md",
+}
+
+
+def write_study(folder, write_recipe, **changes) -> str:
+    write_recipe(folder)
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    (folder / "results.md").write_text("before\n<!-- study: begin -->\nold\n<!-- study: end -->\nafter\n")
+    return "study.yaml"
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, forkserver, write_recipe):
+    """A folder with a complete study; not to be written to."""
+    from e2e.program import Program
+
+    folder = tmp_path_factory.mktemp("study")
+    done = Program(folder, forkserver)("study", write_study(folder, write_recipe))
+    assert done.code == 0, done.stderr
+    return folder
+
+
+def results(folder) -> dict:
+    return json.loads((folder / "runs/study/results.json").read_text())
+
+
+def test_every_variant_is_a_run_and_all_share_a_rollout_of_their_seed(studied):
+    runs = studied / "runs" / "study"
+    names = {path.name for path in runs.iterdir() if path.is_dir()}
+    assert names == {"rollouts", "t3d-seed0", "t3d-seed1", "mean-field-seed0", "mean-field-seed1", "path-seed1"}
+    assert len(list((runs / "rollouts").iterdir())) == 2
+    assert not list(runs.glob("*-seed*/rollout"))
+    teachers = [(run.name, (run / "eval" / "teacher").is_dir()) for run in sorted(runs.glob("*-seed*"))]
+    assert [name for name, there in teachers if there] == ["t3d-seed0", "t3d-seed1"]
+
+
+def test_all_runs_cost_the_same(studied):
+    steps = {}
+    for name, costs in results(studied)["costs"].items():
+        for cost in costs:
+            assert 20000 <= cost["tokens"] < 20000 + 3 * cost["tokens"] / cost["steps"], name
+        steps[name] = costs[0]["steps"]
+    assert steps["path"] > steps["t3d"] > steps["mean-field"]  # no reference; one reference forward; one of four copies
+
+
+def test_the_table_pools_the_verdicts_of_all_seeds(studied):
+    found = results(studied)["rows"]
+    assert {row["variant"] for row in found} == {"teacher", "t3d", "mean-field", "path"}
+    assert {row["setting"] for row in found} == {"4 steps", "1 step", "dynamic 0.9"}
+    for row in found:
+        runs = [f"{row['variant']}-seed{seed}" for seed in row["seeds"]]
+        name = {"4 steps": "static-s4", "1 step": "static-s1"}.get(row["setting"])
+        if row["variant"] == "teacher" or name is None:
+            continue
+        verdicts = []
+        for run in runs:
+            rows = json.loads((studied / "runs/study" / run / "summary.json").read_text())["rows"]
+            [mine] = [r for r in rows if r["model"] == "student" and r["steps"] == int(name[-1]) and not r["knobs"]]
+            verdicts += TrajectoryDataset(studied / "runs/study" / run / "eval" / mine["results"]).column("correct")
+        assert row["n"] == len(verdicts) == 6 * len(runs)
+        assert row["accuracy"] == pytest.approx(sum(verdicts) / len(verdicts))
+        assert row["ci95"] == pytest.approx(list(wilson(sum(verdicts), len(verdicts))))
+    pairs = {(c["variant"], c["setting"]): c for c in results(studied)["comparisons"]}
+    assert pairs["path", "1 step"]["seeds"] == [1]
+    assert pairs["mean-field", "1 step"]["n"] == 12
+
+
+def test_the_document_gets_the_table_between_its_marks(studied):
+    text = (studied / "results.md").read_text()
+    assert text.startswith("before\n<!-- study: begin -->")
+    assert text.endswith("<!-- study: end -->\nafter\n")
+    assert "old" not in text
+    assert "| `mean-field` |" in text
+    assert (studied / "results-no-labels.svg").is_file()
+
+
+def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_recipe, studied):
+    study = write_study(t3d.folder, write_recipe)
+    shutil.copytree(studied / "runs", t3d.folder / "runs")
+    runs = t3d.folder / "runs" / "study"
+    assert t3d("study", study, "--plan").stdout.count("complete") == 5
+    assert "study: run" not in t3d("study", study).stderr
+    shutil.rmtree(runs / "path-seed1")
+    assert t3d("study", study, "--plan").stdout.count("to do") == 1
+    process = t3d.start("study", study)
+    killed = t3d.stop_when(process, lambda: any((runs / "path-seed1").glob("train/checkpoint-*")))
+    assert killed.code == -signal.SIGKILL
+    done = t3d("study", study)
+    assert done.code == 0, done.stderr
+    assert "run 5 of 5, path, seed 1" in done.stderr
+    assert results(t3d.folder)["rows"] == results(studied)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"a": ["train.objectiv=t3d"]}}, "variant 'a': override 'train.objectiv=t3d': unknown key"),
+        ({"variants": {"a": {"sets": []}}}, "variants.a.sets"),
+        ({"variants": {"../a": []}}, "cannot be a variant's name"),
+        ({"variants": {"a": {"seeds": ["one"]}}}, "variants.a.seeds.0"),
+        ({"variants": {"a": {"seeds": []}}}, "nothing to run"),
+        ({"variants": None}, "a study needs `variants`"),
+        ({"against": ["t3f"]}, "no variant 't3f' (did you mean 't3d'?)"),
+        ({"recipes": "x"}, "unknown key 'recipes' (did you mean 'recipe'?)"),
+        ({"recipe": "missing.yaml"}, "cannot read the recipe"),
+        ({"set": ["train.max_cost=10", "train.warmup_steps=5"]}, "warmup_steps must be a share"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_runs(t3d, write_recipe, changes, message):
+    done = t3d("study", write_study(t3d.folder, write_recipe, **changes))
+    assert done.code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (t3d.folder / "runs").exists()
