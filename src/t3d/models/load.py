@@ -16,6 +16,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     attention: str = "sdpa",
+    quantisation=None,
 ):
     """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`; never runs remote code.
 
@@ -23,6 +24,7 @@ def load_model(
 
     dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
     attention: transformers' implementation, "sdpa" or "flex_attention" (whose backward pass needs a GPU).
+    quantisation: transformers' configuration of it, if any.
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
     folder = local_folder(name)
@@ -34,8 +36,9 @@ def load_model(
     check_weights(folder)
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")  # transformers would go on without its stop ids
-    dtype, device = torch_dtype(dtype), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = _load(FAMILIES[family], folder, name, dtype=dtype or "auto", device=device, attention=attention)
+    model = load_weights(
+        FAMILIES[family], folder, name, dtype=dtype, device=device, attention=attention, quantisation=quantisation
+    )
     tokenizer = load_tokenizer(folder)
     if model.config.mask_token_id is None:
         model.config.mask_token_id = tokenizer.mask_token_id if tokenizer is not None else None
@@ -44,7 +47,19 @@ def load_model(
     return model, tokenizer
 
 
-def _load(family: type[PreTrainedModel], folder, name, dtype, device, attention, config=None) -> PreTrainedModel:
+def load_weights(
+    family: type[PreTrainedModel],
+    folder,
+    name,
+    *,
+    dtype=None,
+    device=None,
+    attention="sdpa",
+    quantisation=None,
+    config=None,
+) -> PreTrainedModel:
+    """A model of `family` from the weights in `folder`, in eval mode; `name` is what errors call it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if config is None:
             config = family.config_class.from_pretrained(folder)
@@ -52,9 +67,10 @@ def _load(family: type[PreTrainedModel], folder, name, dtype, device, attention,
         model, info = family.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype=torch_dtype(dtype) or "auto",
             device_map={"": device},
             attn_implementation=attention,
+            quantization_config=quantisation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -65,6 +81,7 @@ def _load(family: type[PreTrainedModel], folder, name, dtype, device, attention,
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or sorted(key for key, *_ in info["mismatched_keys"])
         raise T3DError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
+    model.get_input_embeddings().padding_idx = None  # padding is told by length; a stop token that pads is trained, too
     return model.eval()
 
 

@@ -42,6 +42,7 @@ def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_sh
         raise T3DError(f"cannot save the model: {' '.join(str(error).split())}") from error
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _for_transformers_4(folder)
     source = Path(source or model.name_or_path or "")
     if (source / "config.json").exists():
         _carry_over(source, folder, tokenizer)
@@ -51,8 +52,8 @@ def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_sh
 def _carry_over(source: Path, folder: Path, tokenizer) -> None:
     for path in [*source.glob("*.py"), *source.glob("LICENSE*")]:
         shutil.copy(path, folder)
-    if tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(source)):
-        # The same tokenizer: its own files say so to any version of any library. What has been written stays beside.
+    if tokenizer is not None and _same(tokenizer, load_tokenizer(source)):
+        # Its own files say so to any version of any library. What has been written stays beside.
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy(source / name, folder)
@@ -60,6 +61,23 @@ def _carry_over(source: Path, folder: Path, tokenizer) -> None:
     theirs = {k: v for k, v in read_json(source / "config.json").items() if k not in ours}
     if theirs and read_json(source / "config.json").get("model_type") == ours["model_type"]:
         _write_json(folder / "config.json", ours | theirs)
+
+
+def _same(one, other) -> bool:
+    if other is None or one.special_tokens_map != other.special_tokens_map:
+        return False
+    return tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
+
+
+def _for_transformers_4(folder: Path) -> None:
+    """Write tokenizer_config.json as version 4 reads it, which engines still have; version 5 reads both."""
+    path = folder / "tokenizer_config.json"
+    values = read_json(path)
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(path, values)
 
 
 def _drop_dangling(folder: Path) -> None:
