@@ -133,3 +133,17 @@ def test_what_cannot_be_exported(t3d, tiny):
     (t3d.folder / "adapter").mkdir()
     (t3d.folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     refused(t3d("export", "adapter", "out"), "add --merge-lora")
+
+
+def test_import(t3d, tiny):
+    from tests.trajectories.test_upstream import decoded, lines_up, record
+
+    records = [record(*one) for one in decoded() if lines_up(one[2])]
+    (t3d.folder / "rollouts.json").write_text(json.dumps([*records, records[0] | {"step_map": []}]))
+    done = t3d("import", "rollouts.json", "out", "--tokenizer", str(tiny))
+    assert done.code == 0, done.stderr
+    assert f"out: {len(records)} trajectories, 1 responses dropped: 1 without step_map" in done.stdout
+    assert t3d("show", "out", "--tokenizer", str(tiny)).code == 0
+    (t3d.folder / "broken.json").write_text("[{")
+    refused(t3d("import", "broken.json", "none", "--tokenizer", str(tiny)), "broken.json")
+    refused(t3d("import", "rollouts.json", "none", "--tokenizer", "nowhere"), "no such checkpoint folder")
