@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from t3d.config import Recipe
 from t3d.engine import Engine, FinishedEvent
+from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
@@ -35,6 +36,9 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
 
 def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
+    if recipe.rollout.source is not None:
+        adopted(recipe, inputs)
+        return
     decoding = recipe.rollout.decoding(recipe.seed)
     make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks; decodes when iterated
 
@@ -59,6 +63,9 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     A chunk is decoded and stored as a whole. So a chunk that a kill cut short is decoded again with the same batches,
     and even confidences, which may depend on the batch in their last bits, come out as in an uninterrupted run.
     """
+    if recipe.rollout.source is not None:
+        adopt(run, recipe, inputs)
+        return
     work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
     decoder = make_engine(recipe, inputs)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
@@ -101,6 +108,26 @@ def decode(decoder: Engine, part: list[Job], decoding, task, bar) -> list:
         )
         for i, job in enumerate(part)
     ]
+
+
+def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
+    """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
+    found, size = TrajectoryDataset(recipe.rollout.source), inputs.teacher[0].config.block_size
+    if found[0].block_size != size:
+        raise T3DError(
+            f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
+        )
+    return found
+
+
+def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Copy the trajectories of another folder to RUN/rollout."""
+    found = adopted(recipe, inputs)
+    metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
+        for trajectory in found:
+            writer.write(trajectory)
+    _say(TrajectoryDataset(run / "rollout"))
 
 
 def _say(dataset: TrajectoryDataset) -> None:
