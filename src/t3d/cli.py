@@ -150,6 +150,28 @@ def config_command(
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
 
 
+@app.command("calibrate")
+def calibrate_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file for the settings")] = Path("decoding.json"),
+    model: Annotated[
+        str | None, typer.Option(help="checkpoint folder, hub id or 'embedded'; default: RUN/student")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="unmasking strategy whose own setting is chosen")] = "adaptive",
+    accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
+    tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
+    split: Annotated[str, typer.Option(help="problems to calibrate on: dev, train or test")] = "dev",
+) -> None:
+    """Choose a strategy's setting for a target accuracy or speed; `t3d generate --decoding FILE` and eval use it."""
+    from t3d.calibrate import calibrate_setting
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+
+    to_terminal()
+    calibrate_setting(load_recipe(recipe, overrides or ()), model, strategy, accuracy, tpf, split, output)
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[
@@ -166,6 +188,9 @@ def generate_command(
     strategy: Annotated[str, typer.Option(help="unmasking strategy")] = "low_confidence_static",
     threshold: Annotated[float, typer.Option(help="confidence above which a dynamic strategy commits")] = 0.9,
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
@@ -175,21 +200,17 @@ def generate_command(
     ] = None,
 ) -> None:
     """Answer one prompt; the tokens, forwards and time go to stderr."""
-    from t3d.decoding import DecodingConfig
+    from dataclasses import replace
+
+    from t3d.decoding import DecodingConfig, load_decoding
     from t3d.generate import generate
     from t3d.log import to_terminal
 
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt
-    decoding = DecodingConfig(
-        block_size=block_size,
-        steps=steps,
-        strategy=strategy,
-        threshold=threshold,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+    if settings is None:
+        decoding = DecodingConfig(block_size=block_size, steps=steps, strategy=strategy, threshold=threshold)
+    else:
+        decoding = load_decoding(settings)
+    decoding = replace(decoding, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
     generate(model, text, decoding, dtype, device, raw, sys.stdout.isatty() if color is None else color)
