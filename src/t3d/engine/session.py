@@ -53,6 +53,13 @@ class EngineStats:
     kv_peak_tokens: int = 0
     kv_budget_tokens: int = 0
 
+    def line(self, seconds: float) -> str:
+        """For a progress bar: tokens/s, tokens per forward, who runs and who waits, and how full the cache is."""
+        rate, per_forward = self.tokens / max(seconds, 1e-9), self.tokens / max(self.sequence_forwards, 1)
+        use = self.kv_tokens / max(self.kv_budget_tokens, 1)
+        running = f"running {self.running}  waiting {self.waiting}"
+        return f"{rate:,.0f} tok/s  TPF {per_forward:.2f}  {running}  KV {use:.0%}"
+
     def count(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, FinishedEvent):
@@ -74,7 +81,6 @@ class Session:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(Sequence(request, self.mask_id))
-        self.stats.sequences += 1
 
     @property
     def done(self) -> bool:
