@@ -89,9 +89,35 @@ def eval_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = Fal
 
 
 @app.command("report")
-def report_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
-    """Write RUN/report.html from what the evaluation kept."""
-    _stages(recipe, overrides, force, "report")
+def report_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="run folders, shown together; or a recipe and section.key=value, for the recipe's run",
+            metavar="RUN_DIR... | RECIPE",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="default: RUN_DIR/report.html, or report.html for several")
+    ] = None,
+    title: Annotated[str, typer.Option(help="heading; default: the names of the runs")] = "",
+    problems: Annotated[int, typer.Option(help="problems in the trajectory viewer")] = 24,
+) -> None:
+    """Write one HTML file about one or several runs, from what their evaluations kept."""
+    first = Path(sources[0])
+    if not first.is_dir() and first.suffix in (".yaml", ".yml"):
+        if output or title or problems != 24:
+            raise T3DError("--output, --title and --problems are for run folders; a recipe has report.title, ...")
+        return _stages(first, sources[1:], False, "report")
+    from t3d.report import ReportConfig, write_report
+
+    for source in sources:
+        if not Path(source).is_dir():
+            raise T3DError(f"{source} is not a run folder, nor a recipe (a file that ends in .yaml)")
+    if output is None:
+        output = first / "report.html" if len(sources) == 1 else Path("report.html")
+    print(f"report: {write_report(sources, output, ReportConfig(title=title, problems=problems))}")
 
 
 def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str | None) -> None:
@@ -114,26 +140,22 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
 
 @app.command("show")
 def show_command(
-    folder: Annotated[Path, typer.Argument(help="RUN/rollout or RUN/eval/MODEL/SETTING", metavar="FOLDER")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="RUN/rollout or RUN/eval/MODEL/SETTING; of several, the answers to each problem are shown together",
+            metavar="TRAJECTORIES...",
+            show_default=False,
+        ),
+    ],
     number: Annotated[int, typer.Option("--number", "-n", help="how many")] = 3,
     prompt_id: Annotated[str | None, typer.Option("--id", help="only this problem's")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer made them")] = None,
 ) -> None:
     """Show trajectories, each token in the colour of the step that committed it."""
-    from itertools import islice
+    from t3d.report.terminal import show_folders
 
-    from t3d.embedded import checkpoint
-    from t3d.models import load_tokenizer
-    from t3d.report.terminal import show
-    from t3d.trajectories import TrajectoryDataset
-
-    found = TrajectoryDataset(folder)
-    name = tokenizer or found.metadata.get("recipe", {}).get("model.path")
-    words = load_tokenizer(checkpoint(name)) if name or "recipe" in found.metadata else None
-    wanted = (t for t in found if prompt_id in (None, t.prompt_id))
-    shown = [show(trajectory, words) for trajectory in islice(wanted, number)]
-    if not shown:
-        raise T3DError(f"{folder} has no trajectory of problem {prompt_id!r}")
+    show_folders(folders, number, prompt_id, tokenizer)
 
 
 @app.command("config")

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,6 +90,65 @@ def test_show(finished, t3d):
         done = t3d("show", str(folder), *arguments)
         assert done.code == 2
         assert done.stderr.startswith("error: ")
+
+
+def test_show_puts_the_answers_to_a_problem_together(finished, t3d):
+    run, _ = finished
+    settings = sorted((run / "eval").glob("*/*steps1*"))
+    both = t3d("show", *map(str, settings), "-n", "2")
+    assert both.code == 0, both.stderr
+    assert both.stdout.count("forwards") == 4
+    assert both.stdout.count("word_problems/test/0/000001") == 1
+    assert all(re.search(rf"^{name}  (correct|wrong)", both.stdout, re.M) for name in ("teacher", "student"))
+    everything = t3d("show", str(run / "eval"), "-n", "1")
+    assert everything.stdout.count("forwards") == 4  # two models, two settings
+    for other in (run / "rollout", run / "student"):
+        done = t3d("show", str(settings[0]), str(other))
+        assert done.code == 2
+        assert "no traject" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_report_of_run_folders(finished, t3d):
+    for name in ("a", "b"):
+        shutil.copytree(finished[0], t3d.folder / name, ignore=shutil.ignore_patterns("report*"))
+    one = t3d("report", "a")
+    assert (one.code, one.stdout) == (0, "report: a/report.html\n"), one.stderr
+    assert (t3d.folder / "a" / "report.html").read_text() == (finished[0] / "report.html").read_text().replace(
+        finished[0].name, "a"
+    )
+    both = t3d("report", "a", "b", "-o", "both.html", "--title", "Two runs", "--problems", "2")
+    assert both.code == 0, both.stderr
+    page = (t3d.folder / "both.html").read_text()
+    assert "<h1>Two runs</h1>" in page
+    assert (t3d.folder / "both-accuracy.svg").exists()
+    assert t3d("report", "a", "b").stdout == "report: report.html\n"
+    assert t3d("report", "a", "b").code == 0  # a report may be made anew
+
+
+def test_report_refuses(finished, t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    (t3d.folder / "empty").mkdir()
+    (t3d.folder / "mine.html").write_text("my own page")
+    run = str(finished[0])
+    cases = {
+        ("nowhere",): "nowhere is not a run folder, nor a recipe",
+        (run, "nowhere"): "nowhere is not a run folder",
+        (run, "report.title=x"): "report.title=x is not a run folder",
+        ("empty",): "empty/summary.json",
+        (run, "-o", "mine.html"): "mine.html exists and is not a report",
+        (run, "-o", "mine.html/x.html"): "cannot write",
+        (run, "--problems", "-1"): "problems must not be negative",
+        (recipe, "--title", "x"): "a recipe has report.title",
+    }
+    for arguments, said in cases.items():
+        done = t3d("report", *arguments)
+        assert (done.code, done.stdout) == (2, ""), (arguments, done)
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert said in done.stderr
+    assert (t3d.folder / "mine.html").read_text() == "my own page"
+    assert not list((t3d.folder / "empty").iterdir())
 
 
 def test_an_unexpected_failure_is_not_hidden(t3d, write_recipe):
