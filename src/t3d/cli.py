@@ -202,15 +202,15 @@ def generate_command(
     prompt: Annotated[
         str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
     ],
-    steps: Annotated[int | None, typer.Option(help="denoising steps per block; default: the block size")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps per block")] = None,
     max_tokens: Annotated[int, typer.Option(help="most tokens of the answer")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="sample among the k likeliest tokens; 0 is off")] = 0,
-    top_p: Annotated[float, typer.Option(help="sample among the likeliest with this total probability")] = 1.0,
-    strategy: Annotated[str, typer.Option(help="unmasking strategy")] = "low_confidence_static",
-    threshold: Annotated[float, typer.Option(help="confidence above which a dynamic strategy commits")] = 0.9,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens; 0 is off")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample among the likeliest with this total probability")] = None,
+    strategy: Annotated[str | None, typer.Option(help="unmasking strategy")] = None,
+    threshold: Annotated[float | None, typer.Option(help="confidence above which a dynamic strategy commits")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")] = None,
-    settings: Annotated[
+    decoding: Annotated[
         Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
@@ -221,18 +221,79 @@ def generate_command(
         bool | None, typer.Option("--color/--no-color", help="colour tokens by commit step; default: on a terminal")
     ] = None,
 ) -> None:
-    """Answer one prompt; the tokens, forwards and time go to stderr."""
-    from dataclasses import replace
+    """Answer one prompt; the tokens, forwards and time go to stderr.
 
-    from t3d.decoding import DecodingConfig, load_decoding
+    Decoded as the checkpoint recommends in generation_config.json, else greedily with as many steps as a block has
+    tokens; what is given here goes first.
+    """
+    from t3d.decoding import load_decoding
     from t3d.generate import generate
     from t3d.log import to_terminal
 
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt
-    if settings is None:
-        decoding = DecodingConfig(block_size=block_size, steps=steps, strategy=strategy, threshold=threshold)
-    else:
-        decoding = load_decoding(settings)
-    decoding = replace(decoding, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    generate(model, text, decoding, dtype, device, raw, sys.stdout.isatty() if color is None else color)
+    given = {
+        "block_size": block_size,
+        "steps": steps,
+        "strategy": strategy,
+        "threshold": threshold,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings |= {name: value for name, value in given.items() if value is not None}
+    generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[
+        str, typer.Argument(help="Qwen3 or Qwen3-MoE: folder or hub id", metavar="QWEN3", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
+    block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
+    mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+) -> None:
+    """Make a block-diffusion checkpoint of an autoregressive one, for `train.objective=sft` to adapt."""
+    from t3d.log import to_terminal
+    from t3d.models.convert import convert
+
+    to_terminal()
+    made, tokenizer = convert(model, out, block_size, mask_token, dtype, max_shard_size)
+    mask, stops = made.config.mask_token_id, made.generation_config.eos_token_id
+    names = ", ".join(f"{id} ({tokenizer.convert_ids_to_tokens(id)})" for id in stops)
+    print(f"{out}: {made.config.model_type}, blocks of {block_size}, mask token {mask}, stop tokens {names}")
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="checkpoint folder, hub id, or LoRA adapter", metavar="CHECKPOINT", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="CHECKPOINT is a PEFT adapter: merge it")] = False,
+    base: Annotated[str | None, typer.Option(help="what to merge it into; default: the model it names")] = None,
+    engine: Annotated[str | None, typer.Option("--for", help="sglang or lmdeploy: what it needs besides")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+) -> None:
+    """Write a checkpoint anew: merged, cast, in other shards; then load it and compare logits."""
+    from t3d.log import to_terminal
+    from t3d.models.export import export
+
+    to_terminal()
+    done = export(checkpoint, out, dtype, max_shard_size, merge_lora, base, engine, device)
+    print(
+        f"{out}: {done.parameters:,} parameters, {done.dtype}; loaded again, logits differ by at most "
+        f"{done.max_difference:g}, {done.same_choice:.1%} of the likeliest tokens are the same"
+    )
+    if engine is not None:
+        from t3d.models.serving import command
+
+        print(command(out, engine))
