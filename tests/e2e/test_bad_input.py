@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.test_run import trajectories, weights
+from e2e.program import assert_same_trajectories
+from e2e.test_run import weights
 
 
 def refused(done, *said: str) -> None:
@@ -151,7 +152,7 @@ def test_no_room(t3d, write_recipe, finished, largest_file, stage):
         return
     assert not json.loads((run / stage / "stage.json").read_text())["complete"]
     assert t3d(stage, recipe).code == 0
-    assert trajectories(run) == trajectories(finished[0])
+    assert_same_trajectories(run, finished[0])
     assert stage == "rollout" or weights(run) == weights(finished[0])
 
 

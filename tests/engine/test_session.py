@@ -43,7 +43,7 @@ def test_whoever_is_cancelled_the_others_do_not_notice(model, expected, batch, b
     """Random cancels of running, waiting and preempted requests; additions in between; a cache that is often full."""
     rng = random.Random(seed)
     engine = Engine(model, max_batch_size=batch, kv_cache_tokens=budget, page_size=page)
-    requests = make_requests(PROMPTS, CONFIG, None, model, None)
+    requests = make_requests(PROMPTS, CONFIG, None, None, model, None)
     session = engine.open(requests)
     waiting, cancelled, finished = list(requests), set(), {}
     while waiting or not session.done:
@@ -67,8 +67,7 @@ def test_whoever_is_cancelled_the_others_do_not_notice(model, expected, batch, b
     assert session.stats.kv_tokens == 0
     assert all(finished[key] == expected[key] for key in finished)
     assert {key[0] for key in expected} - {key[0] for key in finished} <= cancelled
-    stats = session.stats
-    assert stats.finished + stats.cancelled == stats.sequences
+    assert session.stats.finished == len(finished)
 
 
 def test_cancelling_what_is_not_there_is_nothing(model):
@@ -85,7 +84,9 @@ def test_a_session_for_whatever_may_come(model):
     pages, size = Engine(model, max_batch_size=3, kv_cache_tokens=700).cache_size(None)
     assert 512 <= pages * size <= 700
     session = Engine(model, kv_cache_tokens=40).open()
-    long, short = make_requests([[7] * 24, [8]], DecodingConfig(max_tokens=20, ignore_eos=True), None, model, None)
+    long, short = make_requests(
+        [[7] * 24, [8]], DecodingConfig(max_tokens=20, ignore_eos=True), None, None, model, None
+    )
     with pytest.raises(T3DError, match="can come to 44 positions, but the cache holds 40"):
         session.add(long)
     session.add(short)
@@ -94,7 +95,7 @@ def test_a_session_for_whatever_may_come(model):
 
 def test_a_watched_request_tells_of_every_step(model):
     prompts = [[7, 8, 9], [10, 11]]
-    requests = make_requests(prompts, DecodingConfig(max_tokens=17, steps=3, ignore_eos=True), None, model, None)
+    requests = make_requests(prompts, DecodingConfig(max_tokens=17, steps=3, ignore_eos=True), None, None, model, None)
     session = Engine(model).open(requests)
     session.add(requests[0], watch=True)
     session.add(requests[1])
@@ -127,7 +128,7 @@ def test_a_request_that_fails_takes_nobody_with_it(strategy, page_size):
     good = [[7, 8], [12] * 9, [9, 10, 13], [5]]
     prompts = [good[0], [9, 11, 10] * 7, good[1], [11], good[2], [4] * 30 + [11], good[3]]
     engine = Engine(model, max_batch_size=3, page_size=page_size, prefill_tokens=8)
-    requests = make_requests(prompts, config, None, model, None)
+    requests = make_requests(prompts, config, None, None, model, None)
     session = engine.open(requests)
     for request in requests:
         session.add(request)
@@ -152,7 +153,7 @@ def test_nan_does_not_stay_where_a_page_was_moved_from():
         model.model.embed_tokens.weight[11] = torch.nan
     prompts, lengths = [[7, 8], [11] + [9] * 200, [5, 6, 7]], [4, 4, 40]
     configs = [DecodingConfig(max_tokens=n, ignore_eos=True) for n in lengths]
-    requests = make_requests(prompts, configs, None, model, None)
+    requests = make_requests(prompts, configs, None, None, model, None)
     session = Engine(model, prefill_tokens=1).open(requests)
     session.add(requests[0])
     session.add(requests[1])

@@ -1,7 +1,8 @@
 """Keys and values of everything in flight, in pages.
 
-One arena per layer, `(num_pages * page_size, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy, and
-a page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front.
+One arena per layer, `(num_pages * page_size + 1, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy,
+and a page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front;
+the last row takes what padding writes and is never read.
 """
 
 import heapq
@@ -22,7 +23,8 @@ class KVCache:
     def __init__(self, num_pages, page_size, layers, kv_heads, head_dim, dtype: torch.dtype, device: torch.device):
         self.page_size = page_size
         self.num_pages = num_pages
-        shape = (layers, num_pages * page_size, 2, kv_heads, head_dim)
+        self.scratch = num_pages * page_size  # the row for padding
+        shape = (layers, self.scratch + 1, 2, kv_heads, head_dim)
         if device.type == "cpu":
             # numpy's zeros are untouched memory until written: what is resident grows with the tokens in flight.
             # Zeros, not garbage: attention multiplies masked positions by zero, and zero times NaN is NaN.

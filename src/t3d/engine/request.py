@@ -17,6 +17,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     config: DecodingConfig
     seed: int
+    name: str | None = None  # of the prompt, for messages; default: its index
 
     @property
     def prompt_blocks_end(self) -> int:
@@ -30,7 +31,12 @@ class Request:
         return -(-(len(self.prompt_ids) + self.config.max_tokens) // block) * block
 
     def __str__(self) -> str:
-        return f"prompt {self.index}" + (f" sample {self.sample}" if self.config.n > 1 else "")
+        return self.prompt + (f" sample {self.sample}" if self.config.n > 1 else "")
+
+    @property
+    def prompt(self) -> str:
+        """What messages call it."""
+        return f"prompt {self.index if self.name is None else repr(self.name)}"
 
 
 @dataclass

@@ -77,6 +77,13 @@ class EngineStats:
     kv_peak_tokens: int = 0
     kv_budget_tokens: int = 0
 
+    def line(self, seconds: float) -> str:
+        """For a progress bar: tokens/s, tokens per forward, who runs and who waits, and how full the cache is."""
+        rate, per_forward = self.tokens / max(seconds, 1e-9), self.tokens / max(self.sequence_forwards, 1)
+        use = self.kv_tokens / max(self.kv_budget_tokens, 1)
+        running = f"running {self.running}  waiting {self.waiting}"
+        return f"{rate:,.0f} tok/s  TPF {per_forward:.2f}  {running}  KV {use:.0%}"
+
     def count(self, events: list[Event]) -> None:
         for event in events:
             self.failed += isinstance(event, FailedEvent)
@@ -104,7 +111,6 @@ class Session:
         """`watch`: every denoising step gives a StepEvent. Raises T3DError if the cache can never hold the request."""
         check_fits(request, self.cache.num_pages, self.cache.page_size)
         self.scheduler.add(Sequence(request, self.mask_id, watch))
-        self.stats.sequences += 1
 
     def cancel(self, index: int) -> None:
         """Drop all samples of the request, running or waiting; their pages are free at once and no event follows."""

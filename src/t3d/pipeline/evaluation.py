@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 
 from t3d.config import Recipe
 from t3d.embedded import checkpoint
-from t3d.engine import Engine
+from t3d.engine import make_engine
 from t3d.evaluation import evaluate, write_results, write_summary
 from t3d.evaluation.rows import setting
 from t3d.evaluation.scoring import load_scorer
@@ -13,7 +14,7 @@ from t3d.evaluation.text import add_text_quality, check_libraries
 from t3d.log import log
 from t3d.models import load_model
 from t3d.pipeline.folder import RunFolder
-from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.versions import versions
 
 
@@ -21,19 +22,20 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     """Answers go to RUN/eval, where those of an earlier attempt are kept, a row for each setting to summary.json."""
     rows = []
     for name, objective, model, tokenizer in _models(run, recipe, inputs):
-        found = evaluate(
-            model,
-            tokenizer,
-            inputs.eval_task,
-            inputs.eval_problems,
-            recipe.eval.settings(recipe.seed),
-            engine=Engine(model, tokenizer, **vars(recipe.engine)),
-            output=run / "eval",
-            name=name,
-            objective=objective,
-            versions=versions(),
-            progress=sys.stderr.isatty(),
-        )
+        with closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine:
+            found = evaluate(
+                model,
+                tokenizer,
+                inputs.eval_task,
+                inputs.eval_problems,
+                recipe.eval.settings(recipe.seed),
+                engine=engine,
+                output=run / "eval",
+                name=name,
+                objective=objective,
+                versions=versions(),
+                progress=sys.stderr.isatty(),
+            )
         for row in found:
             accuracy = "not verified" if row.accuracy is None else f"{row.accuracy:.1%} correct"
             log.info("eval: %s, %s: %s, %.2f tokens per forward", name, setting(row.to_dict()), accuracy, row.tpf)
@@ -58,8 +60,8 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
         check_libraries()
     model, tokenizer = inputs.teacher
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
-    for config in recipe.eval.settings(recipe.seed):
-        Engine(model, tokenizer, **vars(recipe.engine)).stream(prompts, config)  # checks; decodes when iterated
+    names = [problem.id for problem in inputs.eval_problems]
+    check_prompts(recipe, model, tokenizer, prompts, names, recipe.eval.settings(recipe.seed))
 
 
 def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:

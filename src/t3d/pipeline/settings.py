@@ -9,7 +9,7 @@ NEUTRAL = (
     "report.",
     "model.device",
     "task.allow_unsandboxed",
-    "rollout.chunk",
+    "rollout.save_every",
     "train.logging_",
     "train.log_",
     "train.save_",

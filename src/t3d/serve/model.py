@@ -61,7 +61,7 @@ class Served:
             )
         try:
             config = body.decoding(self.default, limit or room)
-            return make_requests(encoded, config, None, self.model, self.tokenizer)
+            return make_requests(encoded, config, None, None, self.model, self.tokenizer)
         except T3DError as error:
             raise ApiError(400, str(error)) from error
 

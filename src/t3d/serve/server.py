@@ -10,7 +10,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.engine.intake import resolve
-from t3d.engine.kv_cache import bytes_per_token, free_memory
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model
@@ -53,10 +52,8 @@ def load(models: list[str], config: ServeConfig, dtype=None, device=None, **engi
         loaded.append((name, model, tokenizer))
     served = []
     for name, model, tokenizer in loaded:
-        options = dict(engine_options)
-        if options.get("kv_cache_tokens") is None:  # the caches of all share what is free
-            options["kv_cache_tokens"] = max(1, free_memory(model.device) // 2 // len(loaded) // bytes_per_token(model))
-        worker = open_worker(Engine(model, tokenizer, **options), name, config.max_queue)
+        engine = Engine(model, tokenizer, memory_share=0.5 / len(loaded), **engine_options)
+        worker = open_worker(engine, name, config.max_queue)
         served.append(Served(worker, config.decoding))
     return served
 
