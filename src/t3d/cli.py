@@ -297,3 +297,60 @@ def export_command(
         from t3d.models.serving import command
 
         print(command(out, engine))
+
+
+@app.command("serve")
+def serve_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL...", show_default=False),
+    ],
+    host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="port to listen at; 0 chooses one")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="default denoising steps per block; unset: the block size")] = None,
+    strategy: Annotated[str, typer.Option(help="default unmasking strategy")] = "low_confidence_static",
+    threshold: Annotated[float, typer.Option(help="default confidence for a dynamic strategy")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="default temperature; 0 is greedy")] = 0.0,
+    max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond, clients get 429")] = 256,
+    max_body: Annotated[int, typer.Option(help="most bytes of a request")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="most seconds for one request")] = 600.0,
+    body_timeout: Annotated[float, typer.Option(help="most seconds for a request to arrive")] = 30.0,
+    grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+) -> None:
+    """Serve models with OpenAI's API, and a page at / where they can be watched and compared."""
+    try:
+        from t3d.serve.server import serve
+    except ImportError as error:
+        raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
+    from t3d.decoding import DecodingConfig
+    from t3d.log import to_terminal
+    from t3d.serve.config import ServeConfig, read_key
+
+    to_terminal()
+    config = ServeConfig(
+        host=host,
+        port=port,
+        api_key=read_key(api_key_file),
+        allow_hosts=tuple(allow_host or ()),
+        max_queue=max_queue,
+        max_body=max_body,
+        timeout=timeout,
+        body_timeout=body_timeout,
+        grace=grace,
+        decoding=DecodingConfig(steps=steps, strategy=strategy, threshold=threshold, temperature=temperature),
+    )
+    serve(models, config, dtype, device, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens)
