@@ -52,7 +52,7 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family):
         t3d.folder,
         model={"path": "chat"},
         task=task,
-        rollout={"max_tokens": 4, "chunk": 64},
+        rollout={"max_tokens": 4},
         train=training,
         eval={"steps": [1], "max_tokens": 4},
     )

@@ -7,6 +7,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from t3d.config import Recipe
 from t3d.embedded import checkpoint
+from t3d.engine import Engine
+from t3d.engine.ray_engine import find_ray
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.tasks import Problem, Task, get_task
@@ -65,6 +67,17 @@ class Inputs:
     def release(self) -> None:
         """Forget the teacher, so that its memory is free for training."""
         vars(self).pop("teacher", None)
+
+
+def check_prompts(recipe: Recipe, model, tokenizer, prompts: list, names: list[str], settings: list) -> None:
+    """Raises T3DError if the engine that the recipe asks for cannot decode these prompts at these settings."""
+    options = dict(vars(recipe.engine))
+    if options.pop("workers"):
+        find_ray()
+    options.pop("address")
+    engine = Engine(model, tokenizer, **options)
+    for config in settings:
+        engine.stream(prompts, config, names=names)  # checks now; decodes when iterated
 
 
 def _some(problems: list[Problem], what: str) -> list[Problem]:
