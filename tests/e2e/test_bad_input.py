@@ -51,6 +51,11 @@ DATA = {
     "nothing in it": ("", "data.jsonl"),
     "no question": ('{"prompt": "a"}\n', "no field 'question'"),
     "an empty question": ('{"question": "How many?"}\n{"question": " "}\n', "line 2: the question is empty"),
+    "two with one id": (
+        '{"id": "a", "question": "How many?"}\n\n{"id": "a", "question": "How many?"}\n',
+        "line 3: id 'a' was already used in line 1",
+    ),
+    "no object": ('{"question": "a"}\n["b"]\n', "line 2: expected an object with fields, got list"),
     "longer than the context": (
         json.dumps({"question": "short"}) + "\n" + json.dumps({"question": "How many " * 300}) + "\n",
         "the model's context is 512",
