@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from t3d import Engine, load_model
+from t3d import DecodingConfig, Engine, load_model
 from t3d.errors import T3DError
 from t3d.serve.app import create_app
 from t3d.serve.config import ServeConfig
@@ -17,7 +17,7 @@ from t3d.serve.worker import open_worker
 def served(tiny):
     config = ServeConfig(timeout=2)
     engine = Engine(*load_model(tiny, device="cpu"), max_batch_size=4)
-    return Served(open_worker(engine, "tiny", max_queue=4), config.decoding), config
+    return Served(open_worker(engine, "tiny", max_queue=4), DecodingConfig()), config
 
 
 async def call(app, method: str, path: str, body: dict | None, send):
