@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except T3DError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -100,6 +101,8 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
 
     to_terminal()
     run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if stage in (None, "eval"):
         from rich.console import Console
 

@@ -25,10 +25,13 @@ __all__ = [
 ]
 
 
-def load_model(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | None = None):
+def load_model(
+    name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | None = None, quantisation=None
+):
     """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`.
 
     dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
+    quantisation: transformers' configuration of it, if any.
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
     name = str(name)
@@ -44,7 +47,12 @@ def load_model(name: str | os.PathLike, dtype: str | torch.dtype | None = None, 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, info = FAMILIES[family].from_pretrained(
-            name, dtype=dtype or "auto", device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            dtype=dtype or "auto",
+            device_map={"": device},
+            quantization_config=quantisation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # every library underneath raises its own kind; all mean: this folder does not load
         raise T3DError(f"cannot load the weights of {name}: {_first_line(error)}") from error

@@ -27,7 +27,7 @@ class Job:
     seed: int
 
 
-def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
+def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
     """A sequence's own seed, `0 .. 2**63 - 1`: of what it is, not of where in a batch or a run it happens to be."""
     digest = hashlib.sha256(f"{base}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -39,11 +39,12 @@ def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks; decodes when iterated
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
-    """Every response of the rollout, in order."""
+def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0) -> list[Job]:
+    """Every response of the rollout, in order; other seeds in every round."""
     decoding = recipe.rollout.decoding(recipe.seed)
+    base = f"{decoding.seed}/round{number}" if number else decoding.seed
     return [
-        Job(problem, prompt, sample, sequence_seed(decoding.seed, problem.id, sample))
+        Job(problem, prompt, sample, sequence_seed(base, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
         for sample in range(decoding.n)
     ]
@@ -53,13 +54,14 @@ def make_engine(recipe: Recipe, inputs: Inputs) -> Engine:
     return Engine(*inputs.teacher, **vars(recipe.engine))
 
 
-def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Decode what RUN/rollout does not hold yet, chunk by chunk.
+def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> None:
+    """Decode what RUN/rollout does not hold yet, chunk by chunk; RUN/rollout-K for the K-th of the later rounds.
 
     A chunk is decoded and stored as a whole. So a chunk that a kill cut short is decoded again with the same batches,
     and even confidences, which may depend on the batch in their last bits, come out as in an uninterrupted run.
     """
-    work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
+    folder = run / (f"rollout-{number}" if number else "rollout")
+    work, decoding = rollout_jobs(recipe, inputs, number), replace(recipe.rollout.decoding(recipe.seed), n=1)
     decoder = make_engine(recipe, inputs)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
     metadata = {
@@ -67,11 +69,11 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         "model_fingerprint": model_fingerprint(decoder.model),
         "tokenizer_fingerprint": tokenizer_fingerprint(decoder.tokenizer),
         "prompts_sha256": prompts,
-        "recipe": settings(recipe, "rollout"),
+        "recipe": settings(recipe, "rollout") | ({"round": number} if number else {}),
         "versions": versions(),
     }
     chunk = recipe.rollout.chunk
-    with TrajectoryWriter(run / "rollout", metadata, shard_size=chunk, flush_seconds=float("inf")) as writer:
+    with TrajectoryWriter(folder, metadata, shard_size=chunk, flush_seconds=float("inf")) as writer:
         done = writer.done()
         with tqdm(total=len(work), initial=len(done), desc="rollout", unit="seq", disable=None) as bar:
             for start in range(0, len(work), chunk):
@@ -79,7 +81,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
                 for trajectory in decode(decoder, part, decoding, inputs.task, bar):
                     writer.write(trajectory)
                 writer.flush()
-    _say(TrajectoryDataset(run / "rollout"))
+    _say(TrajectoryDataset(folder))
 
 
 def decode(decoder: Engine, part: list[Job], decoding, task, bar) -> list:

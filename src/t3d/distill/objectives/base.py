@@ -22,6 +22,7 @@ class Objective:
     needs_reference = False
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
+    unit = "token"  # what the loss is a mean over: the supervised "token"s, the noisy "block"s or the "sequence"s
 
     def state(
         self, block: np.ndarray, rank: np.ndarray, rng: np.random.Generator, config: T3DConfig

@@ -16,6 +16,8 @@ class SFT(Objective):
     Trains a teacher from scratch, or adapts an autoregressive model to block diffusion.
     """
 
+    unit = "block"
+
     def state(self, block, rank, rng: np.random.Generator, config: T3DConfig):
         return uniform_mask(block, rng)
 
@@ -26,4 +28,4 @@ class SFT(Objective):
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, batch.target[:, None], mask_id))[:, 0]
         blocks = batch.block.max() + 1
         loss = -(logp * batch.weight).sum() / blocks
-        return loss, {"loss/ce": -logp.detach().mean()}
+        return loss, {"loss/ce": loss.detach(), "lp/real": logp.detach().mean()}
