@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from e2e.program import Program, assert_same_trajectories
 from e2e.test_run import begun, same, trajectories, weights
 from t3d.models import load_model
 from t3d.trajectories import TrajectoryDataset
@@ -26,8 +28,6 @@ def history(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory, forkserver, write_recipe):
     """An uninterrupted run of three rounds."""
-    from e2e.program import Program
-
     folder = tmp_path_factory.mktemp("rounds")
     done = Program(folder, forkserver)("run", write_recipe(folder, train=ROUNDS))
     assert done.code == 0, done.stderr
@@ -38,12 +38,12 @@ def test_every_round_learns_from_new_rollouts_of_the_student(rounds):
     run, done = rounds
     found = [list(TrajectoryDataset(run / name)) for name in ("rollout", "rollout-1", "rollout-2")]
     assert [len(part) for part in found] == [40] * 3
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert {t.prompt_id for t in before} == {t.prompt_id for t in after}
         assert [t.seed for t in before] != [t.seed for t in after]
         assert [t.response_ids for t in before] != [t.response_ids for t in after]
     models = [load_model(run / name, device="cpu")[0] for name in ("train/round-1", "train/round-2", "student")]
-    for one, other in zip(models, models[1:], strict=False):
+    for one, other in pairwise(models):
         assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert done.stderr.count("trajectories,") == 3
     assert [entry["step"] for entry in history(run) if "loss" in entry] == list(range(1, 7))
@@ -59,7 +59,7 @@ def test_rounds_survive_a_kill_at_any_moment(t3d, write_recipe, rounds):
     assert done.code == 0, done.stderr
     same(run, rounds[0])
     for name in ("rollout-1", "rollout-2"):
-        assert list(TrajectoryDataset(run / name)) == list(TrajectoryDataset(rounds[0] / name))
+        assert_same_trajectories(run, rounds[0], name)
     assert t3d("train", recipe, "--force").code == 0
     assert weights(run) == weights(rounds[0])
 
@@ -131,20 +131,19 @@ def test_settings_that_make_no_sense(t3d, write_recipe, train, said):
 
 
 def test_two_processes_do_a_whole_run(t3d, write_recipe, finished):
-    """Through accelerate's own launcher: one writes, both train, and the student is that of one process."""
+    """One writes, both train, and they lose as much as one process."""
     recipe = write_recipe(t3d.folder, train={"per_device_train_batch_size": 2})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--cpu"]
-    launch += ["--num_processes", "2", "--main_process_port", str(port), "-m", "t3d", "run", recipe]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launch += ["-m", "t3d", "run", recipe]
     done = subprocess.run(
         launch, cwd=t3d.folder, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     run = t3d.folder / "runs" / "recipe"
-    assert trajectories(run) == trajectories(finished[0])
+    assert_same_trajectories(run, finished[0])
     assert done.stderr.count("rollout: 40 trajectories") == 1
     assert done.stdout.count("report.html") == 1
     losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (run, finished[0])]

@@ -25,10 +25,11 @@ from t3d.distill.lora import STUDENT, add_adapter, merged, plain
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
 from t3d.distill.reference import AdapterReference, Reference, copy_of
+from t3d.distill.sampler import DrawSampler
 from t3d.distill.sharding import Sharding
 from t3d.engine import Engine
 from t3d.errors import T3DError
-from t3d.models import save_model
+from t3d.models import FAMILIES, save_model
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
 
 ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
@@ -87,7 +88,6 @@ class T3DTrainer(Trainer):
         self.sharding = Sharding(self.accelerator)
         if args.use_muon and (self.sharding.sharded or self.sharding.zero):
             raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
-        self.add_callback(_SetEpoch())
         self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up
         self.reference: Reference | None = None
         if self.objective.needs_reference:
@@ -264,6 +264,11 @@ class T3DTrainer(Trainer):
         self._since = time.monotonic()
         return metrics
 
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed)
+
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.use_muon:
             self.optimizer = Muon(self.model, self.args.learning_rate, self.args.weight_decay)
@@ -310,13 +315,6 @@ def turns(step: int, share: float) -> bool:
     return math.floor((step + 1) * share) > math.floor(step * share)
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the dataset its epoch. accelerate does too, but not in the epoch that a resumed run starts in."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
-
-
 class _Rounds(TrainerCallback):
     """A round ends every `round_interval` optimizer steps: the reference becomes the student, or moves towards it."""
 
@@ -352,7 +350,7 @@ def _check_tokenizer(dataset, tokenizer) -> None:
 
 def _empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
     """A model of the same family and configuration, its weights not initialised; `model` may be sharded."""
-    family = next(c for c in type(model).__mro__ if c.__module__.startswith("t3d."))
+    family = next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
     with torch.device(device):
         made = family(model.config).to(dtype)
     made.generation_config = model.generation_config

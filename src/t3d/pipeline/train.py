@@ -131,9 +131,8 @@ def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
     """The problems that `train.eval_every` evaluates on."""
     task = get_task(recipe.task, evaluation=arguments.eval_split != "train")
     problems = task.problems(arguments.eval_split, arguments.eval_problems)
-    return HeldOut(
-        task, problems, tokenizer, arguments.eval_block_steps, recipe.eval.max_tokens, vars(recipe.engine)
-    )  # fmt: skip
+    engine = {name: value for name, value in vars(recipe.engine).items() if name not in ("workers", "address")}
+    return HeldOut(task, problems, tokenizer, arguments.eval_block_steps, recipe.eval.max_tokens, engine)
 
 
 def check_training(recipe: Recipe, inputs: Inputs) -> None:
