@@ -175,6 +175,25 @@ def config_command(
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
 
 
+@app.command("plan")
+def plan_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+) -> None:
+    """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
+    from rich.console import Console
+
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+    from t3d.plan import plan, table
+
+    to_terminal()
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
+
+
 @app.command("calibrate")
 def calibrate_command(
     recipe: RECIPE,

@@ -179,9 +179,13 @@ class T3DTrainer(Trainer):
 
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
+            mask = batch.layout.attention_mask(implementation)
+            if isinstance(mask, Tensor):  # else every layer would keep one of its own, made of the boolean one
+                half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
+                mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
             result = network(
                 input_ids=batch.input_ids,
-                attention_mask=batch.layout.attention_mask(implementation),
+                attention_mask=mask,
                 position_ids=batch.position,
                 select=batch.select,
                 head=lambda hidden, _: module(hidden, head),
