@@ -321,6 +321,27 @@ def export_command(
         print(command(out, engine))
 
 
+@app.command("import")
+def import_command(
+    file: Annotated[
+        Path, typer.Argument(help="rollout JSON of the authors' release", metavar="FILE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of trajectories to write", metavar="OUT", show_default=False)],
+    tokenizer: Annotated[str, typer.Option(help="checkpoint that decoded them", show_default=False)],
+    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the checkpoint's own")] = None,
+) -> None:
+    """Make trajectories of another program's rollouts: text is tokenised again, what does not line up left out."""
+    from t3d.embedded import checkpoint
+    from t3d.log import to_terminal
+    from t3d.models.load import generation_ids
+    from t3d.trajectories.upstream import describe, import_rollouts
+
+    to_terminal()
+    words, stops, size = generation_ids(checkpoint(tokenizer))
+    found = import_rollouts(file, out, words, stops, block_size or size, metadata={"tokenizer": tokenizer})
+    print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
+
+
 @app.command("serve")
 def serve_command(
     models: Annotated[

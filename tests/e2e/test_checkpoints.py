@@ -10,6 +10,7 @@ import yaml
 from e2e.test_bad_input import refused
 from t3d.models import load_model
 from t3d.models.recommended import recommend, recommended
+from t3d.trajectories import TrajectoryDataset
 from tests.conftest import make_model
 from tests.models.test_convert import autoregressive
 
@@ -133,3 +134,25 @@ def test_what_cannot_be_exported(t3d, tiny):
     (t3d.folder / "adapter").mkdir()
     (t3d.folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     refused(t3d("export", "adapter", "out"), "add --merge-lora")
+
+
+def test_import_and_train_on_it(t3d, tiny, write_recipe):
+    from tests.trajectories.test_upstream import decoded, lines_up, record
+
+    records = [record(*one) for one in decoded() if lines_up(one[2])]
+    (t3d.folder / "rollouts.json").write_text(json.dumps([*records, records[0] | {"step_map": []}]))
+    done = t3d("import", "rollouts.json", "out", "--tokenizer", str(tiny))
+    assert done.code == 0, done.stderr
+    assert f"out: {len(records)} trajectories, 1 responses dropped: 1 without step_map" in done.stdout
+    assert t3d("show", "out", "--tokenizer", str(tiny)).code == 0
+    recipe = write_recipe(t3d.folder, rollout={"source": "out"}, train={"max_steps": 2})
+    done = t3d("train", recipe)
+    assert done.code == 2  # the rollout stage takes them
+    assert t3d("rollout", recipe).code == 0
+    assert t3d("train", recipe).code == 0
+    rolled = list(TrajectoryDataset(t3d.folder / "runs/recipe/rollout"))
+    assert [t.response_ids for t in rolled] == [t.response_ids for t in TrajectoryDataset(t3d.folder / "out")]
+    refused(t3d("rollout", recipe, "rollout.source=nowhere", "--force"), "nowhere")
+    (t3d.folder / "broken.json").write_text("[{")
+    refused(t3d("import", "broken.json", "none", "--tokenizer", str(tiny)), "broken.json")
+    refused(t3d("import", "rollouts.json", "none", "--tokenizer", "nowhere"), "no such checkpoint folder")

@@ -175,3 +175,23 @@ def test_a_hub_id_loads_from_the_cache(tmp_path, monkeypatch):
     with pytest.raises(T3DError, match="no checkpoint someone/small: not a folder here") as error:
         load_model("someone/small")
     assert "\n" not in str(error.value)
+
+
+def test_training_in_place_does_not_write_to_the_file_it_was_loaded_from(tmp_path):
+    """Weights may be the mapped file's own pages; what is written to is a copy."""
+    save_model(make_model(), tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    model, _ = load_model(tmp_path / "m")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    save_model(model, tmp_path / "m")  # over the file that is mapped
+    assert torch.equal(logits(load_model(tmp_path / "m")[0]), logits(model))
+
+
+def test_a_stop_token_that_pads_is_trained_too(tmp_path):
+    save_model(make_model(eos_token_id=0), tmp_path / "m")  # config.json: pad_token_id 0
+    model, _ = load_model(tmp_path / "m")
+    model(torch.tensor([[0, 7]])).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().max() > 0

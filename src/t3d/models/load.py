@@ -109,6 +109,20 @@ def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return ()
 
 
+def generation_ids(name: str | os.PathLike):
+    """`(tokenizer, stop ids, block size)` of a checkpoint whose weights are not needed, or not there."""
+    folder = local_folder(name)
+    tokenizer, found = load_tokenizer(folder), {}
+    if tokenizer is None:
+        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    for file in ("config.json", "generation_config.json"):
+        if (folder / file).exists():
+            found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
+    ids = found.get("eos_token_id", tokenizer.eos_token_id)
+    stops = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    return tokenizer, stops, found.get("block_size", 4)
+
+
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None or isinstance(name, torch.dtype):
         return name
