@@ -234,8 +234,8 @@ def _failures(rows: list[Row]) -> str:
     counts = ", ".join(str(len(group)) for group in bins)
     note = (
         f"Accuracy in percent by the length, in tokens, of the answer of {base.name} ({counts} problems). Then what is "
-        "not right, in percent of all answers: wrong ones; none found; cut by the token limit. gained and lost: problems "
-        f"that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
+        "not right, in percent of all answers: wrong ones; none found; cut by the token limit. gained and lost: "
+        f"problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
     )
     return (
         '<section><h2>Where it fails</h2><div class="scroll"><table><thead><tr><th>model</th><th>setting</th>'
