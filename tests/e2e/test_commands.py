@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from t3d import __version__
-from t3d.evaluation import EvalRow, read_summary
+from t3d.decoding import load_decoding
+from t3d.evaluation import EvalConfig, EvalRow, read_summary
 from t3d.evaluation.rows import print_table
 
 
@@ -173,3 +175,29 @@ def test_the_table_fits_the_terminal(finished, width):
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
     assert all(word in lines[1] for word in ("model", "setting", "accuracy %", "95%", "TPF"))
+
+
+def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
+    recipe = write_recipe(t3d.folder)
+    command = ["calibrate", recipe, "--model", str(tiny), "--strategy", "low_confidence_dynamic"]
+    done = t3d(*command, "--tpf", "1.5", "-o", "chosen.json")
+    assert done.code == 0, done.stderr
+    assert "tokens per forward on 6 dev problems" in done.stdout
+    chosen = load_decoding(t3d.folder / "chosen.json")
+    assert chosen.strategy == "low_confidence_dynamic"
+    assert 0 < chosen.threshold < 1
+    answer = t3d("generate", str(tiny), "How many apples?", "--decoding", "chosen.json", "--max-tokens", "12")
+    assert answer.code == 0, answer.stderr
+    settings = EvalConfig(decoding=[str(t3d.folder / "chosen.json")], max_tokens=7).settings(seed=5)
+    assert settings[-1] == replace(chosen, max_tokens=7, seed=5)
+    for wrong, said in {
+        ("--tpf", "1.5", "--accuracy", "0.5"): "either --accuracy or --tpf",
+        ("--tpf", "100"): "reaches at best tpf",
+        ("--accuracy", "1"): "reaches at best quality",
+        ("--tpf", "2", "--strategy", "sequential"): "nothing to calibrate",
+        ("--tpf", "2", "--split", "none"): "none",
+    }.items():
+        done = t3d(*command, *wrong, "-o", "not-there.json")
+        assert done.code == 2
+        assert said in done.stderr
+        assert not (t3d.folder / "not-there.json").exists()

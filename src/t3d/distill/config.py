@@ -24,7 +24,11 @@ class T3DConfig(TrainingArguments):
     ddo_unit: str = _help("what one DDO margin is taken over: 'sequence' or 'block'", "sequence")
     ddo_reduction: str = _help("how log-likelihoods combine in a margin: 'mean' or 'sum'", "mean")
     reference_temperature: float = _help("0: fake tokens are the reference's argmax; else a sample at it", 0.0)
-    round_interval: int = _help("replace the reference by the student every this many optimizer steps; 0: never", 10)
+    round_interval: int | None = _help(
+        "replace the reference by the student every this many optimizer steps; 0: never; default: 10 for t3d and ddo, "
+        "0 for the others, whose reference is the teacher",
+        None,
+    )
     mask_exponent: float = _help("mask ratios are drawn from {1, .75, .5, .25} with probability ~ ratio ** this", 8.0)
     mask_per_block: bool = _help("draw the mask ratio for every block instead of once per sequence", False)
     order: str = _help(
@@ -32,6 +36,25 @@ class T3DConfig(TrainingArguments):
     )
     random_ratio: float = _help("share of masked inputs replaced by random tokens (still supervised)", 0.1)
     states_per_sequence: int = _help("noisy states of one trajectory that share its clean copy in a forward", 1)
+    certainty_weight: float = _help("dparallel, pseudo_trajectory: weight of the entropy of correct predictions", 2.0)
+    certainty_temperature: float = _help("dparallel, pseudo_trajectory: temperature of that entropy", 0.5)
+    certainty_mask_ratio: float = _help("dparallel: share of tokens that are masked", 0.5)
+    pt_noise: list[float] = field(
+        default_factory=lambda: [0.0, 0.8],
+        metadata={"help": "pseudo_trajectory: least mask ratio at the start of training, and the most at any time"},
+    )
+    pt_window: float = _help(
+        "pseudo_trajectory: share of a block that is learnt at the start; at the end all of it", 0.5
+    )
+    tad_near: int = _help("tad: tokens committed in the next this many steps are 'near' and learnt by cross-entropy", 1)
+    tad_kl_weight: float = _help("tad: weight of the KL divergence to the teacher on the others", 1.0)
+    cdlm_distill: float = _help(
+        "consistency: weight of the teacher's distribution at tokens that are next to come", 1.0
+    )
+    cdlm_consistency: float = _help("consistency: weight of agreement with the student's own later state", 0.5)
+    cdlm_denoising: float = _help(
+        "consistency: weight of the cross-entropy at random masks; 0: none, and a copy less", 0.0
+    )
     mf_anchor: float = _help("mean_field: weight of the cross-entropy to verified trajectories; 0: label-free", 0.5)
     mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
     mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
@@ -42,6 +65,10 @@ class T3DConfig(TrainingArguments):
     )
     on_policy_temperature: float = _help("temperature of the student's own contexts", 0.5)
     soft_divergence: str = _help("soft: 'forward', 'reverse' or 'js' divergence to the reference", "forward")
+    soft_state: str = _help(
+        "soft: the state at which the reference is asked, 'committed' (the token's own) or 'same' (the student's)",
+        "committed",
+    )
     soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
@@ -84,13 +111,32 @@ class T3DConfig(TrainingArguments):
         check(0 <= self.on_policy_share <= 1, f"on_policy_share must lie in 0..1, got {self.on_policy_share}")
         kinds = ("forward", "reverse", "js")
         check(self.soft_divergence in kinds, f"soft_divergence is one of {kinds}, got {self.soft_divergence!r}")
+        check(
+            self.soft_state in ("committed", "same"),
+            f"soft_state is 'committed' or 'same', got {self.soft_state!r}",
+        )
         check(self.soft_top_k >= 0, f"soft_top_k must not be negative, got {self.soft_top_k}")
         check(self.on_policy_steps, "on_policy_steps must not be empty")
+        check(
+            0 < self.certainty_mask_ratio < 1,
+            f"certainty_mask_ratio must lie between 0 and 1, got {self.certainty_mask_ratio}",
+        )
+        check(self.certainty_temperature > 0, "certainty_temperature must be above 0")
+        check(
+            len(self.pt_noise) == 2 and 0 <= self.pt_noise[0] <= self.pt_noise[1] <= 1,
+            f"pt_noise is two rising numbers in 0..1, got {self.pt_noise}",
+        )
+        check(0 < self.pt_window <= 1, f"pt_window must lie in 0..1, above 0, got {self.pt_window}")
+        check(self.tad_near >= 1, f"tad_near must be at least 1, got {self.tad_near}")
+        for name in ("certainty_weight", "tad_kl_weight", "cdlm_distill", "cdlm_consistency", "cdlm_denoising"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
         check(
             self.states_per_sequence >= 1,
             f"states_per_sequence must be at least 1, got {self.states_per_sequence}",
         )
+        if self.round_interval is None:
+            self.round_interval = OBJECTIVES[self.objective].round_interval
         check(self.round_interval >= 0, f"round_interval must not be negative, got {self.round_interval}")
         check(self.reference_temperature >= 0, "reference_temperature must not be negative")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:

@@ -16,6 +16,7 @@ from t3d.distill.config import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
+from t3d.distill.sampler import DrawSampler
 from t3d.engine import Engine
 from t3d.errors import T3DError
 
@@ -52,7 +53,6 @@ class T3DTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(_SetEpoch())
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer averages those
         self.reference = None
         if self.objective.needs_reference:
@@ -112,6 +112,11 @@ class T3DTrainer(Trainer):
         self._logged.clear()
         super().log(logs, *args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed)
+
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.use_muon:
             self.optimizer = Muon(self.model, self.args.learning_rate, self.args.weight_decay)
@@ -133,13 +138,6 @@ class T3DTrainer(Trainer):
 def turns(step: int, share: float) -> bool:
     """Whether `step` (0, 1, ...) belongs to the share of steps that is spread evenly over all."""
     return math.floor((step + 1) * share) > math.floor(step * share)
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the dataset its epoch. accelerate does too, but not in the epoch that a resumed run starts in."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class _RefreshReference(TrainerCallback):

@@ -64,6 +64,7 @@ class SDPAttention:
             held = span.sequence.pages[: -(-span.end // size)]
             owner[held] = row
             first[held] = np.arange(len(held)) * size
+            table[row] = held[0]  # absent ones have weight 0; another sequence's NaN would not be stopped by that
             table[row, : len(held)] = held
             absent[row, : len(held)] = False
             longest = max(longest, min(span.end, size))

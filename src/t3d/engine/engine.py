@@ -9,7 +9,7 @@ from t3d.engine.kv_cache import bytes_per_token, free_memory
 from t3d.engine.progress import Progress
 from t3d.engine.request import Request
 from t3d.engine.runner import ATTENTION, Runner
-from t3d.engine.session import EngineStats, Event, FinishedEvent, Session
+from t3d.engine.session import EngineStats, Event, FinishedEvent, Session, check_fits
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
 
@@ -109,8 +109,11 @@ class Engine:
         self.cache_size(requests)
         return self._run(requests, progress)
 
-    def open(self, requests: list[Request]) -> Session:
-        """A session whose cache is sized for these requests, none of which is added yet; reads the weights."""
+    def open(self, requests: list[Request] | None = None) -> Session:
+        """A session whose cache is sized for these requests, none of which is added yet; reads the weights.
+
+        Without requests, it is sized for whatever may come: a full batch as long as the model's context, within budget.
+        """
         if self.runner is None:
             self.runner = Runner(self.model, self.attention, self.cuda_graphs)
         else:
@@ -144,14 +147,17 @@ class Engine:
         """Let go of what the engine holds beside the model. A `RayEngine` stops its workers."""
         self.runner = None
 
-    def cache_size(self, requests: list[Request]) -> tuple[int, int]:
+    def cache_size(self, requests: list[Request] | None) -> tuple[int, int]:
         """(pages, positions per page). Raises T3DError if a request can never fit.
 
         Small pages, so that memory goes where the tokens are; but one page per sequence, which is a little faster,
         where even the longest answers of all in flight would take little.
         """
-        longest = max((r.most_tokens for r in requests), default=1)
-        rows = min(self.max_batch_size, max(len(requests), 1))
+        if requests is None:
+            longest, rows = self.model.config.max_position_embeddings, self.max_batch_size
+        else:
+            longest = max((r.most_tokens for r in requests), default=1)
+            rows = min(self.max_batch_size, max(len(requests), 1))
         each = bytes_per_token(self.model)
         budget = self.kv_cache_tokens or int(free_memory(self.model.device) * self.memory_share) // each
         size = self.page_size or ATTENTION[self.attention].page_size
@@ -160,10 +166,6 @@ class Engine:
         elif size is None:  # and leaving no more of the budget unused than the longest request allows
             size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n * n >= longest), 1)
         pages = min(budget // size, -(-longest // size) * rows)
-        for request in requests:
-            if request.most_tokens > pages * size:
-                raise T3DError(
-                    f"{request} can come to {request.most_tokens} positions, but the cache holds {pages * size} "
-                    f"({pages} pages of {size}); raise engine.kv_cache_tokens or lower max_tokens"
-                )
+        for request in requests or ():
+            check_fits(request, pages, size)
         return pages, size

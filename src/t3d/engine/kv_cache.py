@@ -61,9 +61,12 @@ class KVCache:
         return True
 
     def release(self, sequence: Sequence) -> None:
+        """Take its pages back. One that has not ended may hold NaN, which no mask hides from the next owner."""
         for page in sequence.pages:
             del self._owner[page]
             heapq.heappush(self._free, page)
+            if not sequence.ended:
+                self._clear(page)
         sequence.pages = []
         sequence.cached = 0
 
@@ -76,10 +79,14 @@ class KVCache:
         while self._free and self._free[0] < self.used_pages:
             hole, last = heapq.heappop(self._free), max(self._owner)
             self.data[:, hole * size : (hole + 1) * size] = self.data[:, last * size : (last + 1) * size]
+            self._clear(last)
             owner = self._owner.pop(last)
             owner.pages[owner.pages.index(last)] = hole
             self._owner[hole] = owner
             heapq.heappush(self._free, last)
+
+    def _clear(self, page: int) -> None:
+        self.data[:, page * self.page_size : (page + 1) * self.page_size] = 0
 
     def slots(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
         """Rows of the arena that hold positions `start .. end`, int64."""

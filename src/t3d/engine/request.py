@@ -62,12 +62,14 @@ class Sequence:
 
     request: Request
     mask_id: int
+    watched: bool = False  # every denoising step is told, not only whole blocks
     tokens: np.ndarray = field(init=False)  # int64 (most_tokens,): prompt, finished blocks, block in flight, masks
     step_map: np.ndarray = field(init=False)  # int64 (most_tokens,)
     confidence: np.ndarray = field(init=False)  # float32 (most_tokens,)
     base: int = field(init=False)
     cached: int = 0  # positions whose keys and values in the cache are final
     step: int = 0  # of the block in flight
+    ended: bool = False
     pages: list[int] = field(default_factory=list)
     prefill: int = 0
     denoise: int = 0

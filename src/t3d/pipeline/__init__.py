@@ -5,6 +5,7 @@ from transformers import set_seed
 from t3d.config import Recipe
 from t3d.errors import T3DError
 from t3d.log import log, to_terminal
+from t3d.pipeline.card import describe_student
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
@@ -56,6 +57,8 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 continue
             with run.stage(stage, recipe):
                 WORK[stage](run, recipe, inputs)
+                if stage in ("train", "eval"):
+                    describe_student(run, recipe)
     return run
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from t3d.config import Recipe
 from t3d.engine import FinishedEvent, make_engine
+from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
@@ -41,6 +42,9 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
 
 def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
+    if recipe.rollout.source is not None:
+        adopted(recipe, inputs)
+        return
     names = [problem.id for problem in inputs.train_problems]
     check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
@@ -57,6 +61,9 @@ def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
 
 def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends."""
+    if recipe.rollout.source is not None:
+        adopt(run, recipe, inputs)
+        return
     work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
     model, tokenizer = inputs.teacher
@@ -120,6 +127,26 @@ def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[l
         yield answers()
         raise
     yield answers()
+
+
+def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
+    """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
+    found, size = TrajectoryDataset(recipe.rollout.source), inputs.teacher[0].config.block_size
+    if found[0].block_size != size:
+        raise T3DError(
+            f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
+        )
+    return found
+
+
+def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Copy the trajectories of another folder to RUN/rollout."""
+    found = adopted(recipe, inputs)
+    metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
+        for trajectory in found:
+            writer.write(trajectory)
+    _say(TrajectoryDataset(run / "rollout"))
 
 
 def _say(dataset: TrajectoryDataset) -> None:
