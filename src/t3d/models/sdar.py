@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import t3d.block_attention  # noqa: F401  registers attn_implementation="block_sdpa"
+
 
 class SDARConfig(Qwen3Config):
     """Qwen3's configuration with the block size and the mask token of a block-diffusion checkpoint."""
