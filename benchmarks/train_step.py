@@ -4,7 +4,7 @@
 
 The model is random (hidden 256, 8 layers, 8 heads, 4 KV heads, intermediate 768, vocabulary 8,192), the batch 8
 trajectories with prompts of 40-160 and responses of 100-900 tokens, block 4, in float32 on the CPU. A step is: from
-drawn states to tensors, forwards, losses, backward, clipping, AdamW. Both sides start every round from the same weights;
+drawn states to tensors, forwards, losses, backward, clipping, AdamW. Both sides start every round with equal weights;
 times are interleaved medians. Memory is measured in a process of its own for each side: the most it ever had resident
 in one step, less what it had before (two models, nothing else).
 """
@@ -211,7 +211,7 @@ class Case:
                 self.student, self.reference, plain_batch(self.trajectories, self.examples), self.config
             )
         else:
-            batch = TrainingBatch(**collate(self.examples, PAD, BLOCK, self.config.pack_length))
+            batch = TrainingBatch(**collate(self.examples, PAD, BLOCK, sys.maxsize))
             losses = our_loss(self.student, self.reference, batch, self.config)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)

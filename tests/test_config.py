@@ -45,10 +45,10 @@ def test_overrides_win_in_order_and_are_yaml(recipe):
 
 
 def test_interpolation_sees_overrides_and_defaults(recipe):
-    path = recipe("run_dir: runs/x-seed${seed}\ntask: {data_seed: '${seed}', num_eval: '${rollout.chunk}'}\n")
+    path = recipe("run_dir: runs/x-seed${seed}\ntask: {data_seed: '${seed}', num_eval: '${rollout.save_every}'}\n")
     assert load_recipe(path).run_dir == "runs/x-seed0"
     found = load_recipe(path, ["seed=4"])
-    assert (found.run_dir, found.task.data_seed, found.task.num_eval) == ("runs/x-seed4", 4, found.rollout.chunk)
+    assert (found.run_dir, found.task.data_seed, found.task.num_eval) == ("runs/x-seed4", 4, found.rollout.save_every)
 
 
 def test_the_resolved_recipe_is_a_recipe(recipe):
@@ -84,7 +84,7 @@ WRONG = {
     "eval: {steps: 4}": "eval.steps must be list of int",
     "seed: 2001-01-01": "seed must be int",
     "rollout: {top_p: 2}": "rollout: top_p must lie in (0, 1], got 2.0",
-    "rollout: {chunk: 0}": "rollout: chunk must be at least 1",
+    "rollout: {save_every: 0}": "rollout: save_every must be at least 1",
     "engine: {max_batch_size: 0}": "engine: max_batch_size must be at least 1",
     "run_dir: ${nowhere}": "run_dir",
     "model:\n  path: ???": "model.path is left open (???)",

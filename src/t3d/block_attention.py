@@ -2,8 +2,8 @@
 
 A dense mask makes every token of a row meet every other one. Here the tokens of a document are taken a chunk at a time,
 each against the keys that its blocks can see: the clean tokens before them, which lie in a row, and the chunk itself.
-Nothing meets another document or padding. `import t3d.block_attention` registers it with transformers as
-`attn_implementation="block_sdpa"`; any other mask than a `BlockPlan` goes to transformers' own SDPA.
+Nothing meets another document or padding. Importing this registers it with transformers as
+`attn_implementation="block_sdpa"`; without a plan it is transformers' own SDPA.
 """
 
 from dataclasses import dataclass, field
@@ -154,12 +154,12 @@ def _keys(x: Tensor, piece: Piece, q: Tensor) -> Tensor:
     return own[:, None].expand(-1, q.shape[1], -1, -1)
 
 
-def block_sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def block_sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, plan=None, **kwargs):
     """transformers' attention function: query `(rows, heads, length, dim)`, key and value with fewer heads."""
-    if not isinstance(attention_mask, BlockPlan):
+    if plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, heads, length, dim = query.shape
-    plan, kv_heads = attention_mask, key.shape[1]
+    kv_heads = key.shape[1]
     q, k, v = (_in_order(x, plan.order) for x in (query, key, value))
     out = _BlockAttention.apply(q.unflatten(0, (kv_heads, -1)), k, v, plan, scaling or dim**-0.5)
     out = out.flatten(0, 1).transpose(0, 1)  # (tokens, heads, dim)

@@ -72,7 +72,11 @@ class T3DConfig(TrainingArguments):
     soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
-    pack_length: int = _help("pack several trajectories into rows of this many tokens; 0: one to a row", 0)
+    pack_length: int = _help(
+        "pack several trajectories into rows of this many tokens; 0: a micro-batch into one row where attention costs "
+        "only what is seen (block_sdpa, flex_attention), else into rows as long as its longest trajectory",
+        0,
+    )
 
     # TrainingArguments' own, with other defaults
     learning_rate: float = _help("peak learning rate", 1e-5)

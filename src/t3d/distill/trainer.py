@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -43,12 +44,19 @@ class T3DTrainer(Trainer):
             min(vocabulary, model.config.vocab_size),
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+        for network in (model, reference):
+            if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
+                network.set_attn_implementation("block_sdpa")
+        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
             train_dataset=states,
             data_collator=partial(
-                collate, pad_id=pad_id, block_size=model.config.block_size, pack_length=args.pack_length
+                collate,
+                pad_id=pad_id,
+                block_size=model.config.block_size,
+                pack_length=args.pack_length or (sys.maxsize if one_row else 0),
             ),
             processing_class=processing_class,
             **kwargs,

@@ -5,6 +5,7 @@ from transformers import set_seed
 from t3d.config import Recipe
 from t3d.errors import T3DError
 from t3d.log import log, to_terminal
+from t3d.pipeline.card import describe_student
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
@@ -34,11 +35,13 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
         first = stages.index(wanted[0])
         for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:
             run.check(stage, recipe)
-        for stage in stages[:first]:
+        for stage in needed(stages, wanted[0], run, recipe):
             if not run.complete(stage):
                 raise T3DError(f"{run.path} has no complete {stage}; run `t3d {stage}` with this recipe first")
         inputs = Inputs(recipe)
-        todo = [stage for stage in wanted if force or not run.complete(stage)]
+        todo = [stage for stage in wanted if force or not run.complete(stage) or run.changed(stage, recipe)]
+        if "train" in todo and "eval" in wanted:  # it may have been complete without the student
+            todo = [stage for stage in wanted if stage in (*todo, "eval")]
         for stage in CHECKS.keys() & todo:
             CHECKS[stage](recipe, inputs)
         if force:
@@ -54,7 +57,20 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 continue
             with run.stage(stage, recipe):
                 WORK[stage](run, recipe, inputs)
+                if stage in ("train", "eval"):
+                    describe_student(run, recipe)
     return run
+
+
+def needed(stages: tuple[str, ...], stage: str, run: RunFolder, recipe: Recipe) -> tuple[str, ...]:
+    """The stages that must be complete before `stage`: all before it. But a checkpoint can be evaluated, and that
+    reported, where nothing was distilled."""
+    before = stages[: stages.index(stage)]
+    distilled = any(run.record(name) for name in before if name != "eval")
+    models = recipe.model.architecture is None or recipe.eval.checkpoints
+    if stage == "train" or distilled or not models:
+        return before
+    return tuple(name for name in before if name == "eval")
 
 
 WORK = {"rollout": rollout, "train": train, "eval": evaluation}

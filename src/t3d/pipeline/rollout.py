@@ -1,20 +1,26 @@
 """Stage 1: the teacher answers the training prompts; tokens and step maps go to the store."""
 
 import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from t3d.config import Recipe
-from t3d.engine import Engine, FinishedEvent
+from t3d.engine import FinishedEvent, make_engine
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
-from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
 from t3d.tasks import Problem
-from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+JUDGED_TOGETHER = 64  # answers verified at a time, at most
+GROUP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
 
 def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
-    decoding = recipe.rollout.decoding(recipe.seed)
-    make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks; decodes when iterated
+    names = [problem.id for problem in inputs.train_problems]
+    check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
 
 def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
@@ -49,58 +55,71 @@ def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
     ]
 
 
-def make_engine(recipe: Recipe, inputs: Inputs) -> Engine:
-    return Engine(*inputs.teacher, **vars(recipe.engine))
-
-
 def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Decode what RUN/rollout does not hold yet, chunk by chunk.
-
-    A chunk is decoded and stored as a whole. So a chunk that a kill cut short is decoded again with the same batches,
-    and even confidences, which may depend on the batch in their last bits, come out as in an uninterrupted run.
-    """
+    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends."""
     work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
-    decoder = make_engine(recipe, inputs)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
+    model, tokenizer = inputs.teacher
     metadata = {
         "kind": "rollout",
-        "model_fingerprint": model_fingerprint(decoder.model),
-        "tokenizer_fingerprint": tokenizer_fingerprint(decoder.tokenizer),
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": prompts,
         "recipe": settings(recipe, "rollout"),
         "versions": versions(),
     }
-    chunk = recipe.rollout.chunk
-    with TrajectoryWriter(run / "rollout", metadata, shard_size=chunk, flush_seconds=float("inf")) as writer:
+    with (
+        closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
+        TrajectoryWriter(run / "rollout", metadata, shard_size=recipe.rollout.save_every) as writer,
+    ):
         done = writer.done()
+        todo = [job for job in work if (job.problem.id, job.sample) not in done]
         with tqdm(total=len(work), initial=len(done), desc="rollout", unit="seq", disable=None) as bar:
-            for start in range(0, len(work), chunk):
-                part = [job for job in work[start : start + chunk] if (job.problem.id, job.sample) not in done]
-                for trajectory in decode(decoder, part, decoding, inputs.task, bar):
+            for answers in decode(engine, todo, decoding, inputs.task, min(JUDGED_TOGETHER, recipe.rollout.save_every)):
+                for trajectory in answers:
                     writer.write(trajectory)
-                writer.flush()
+                bar.update(len(answers))
+                bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
     _say(TrajectoryDataset(run / "rollout"))
 
 
-def decode(decoder: Engine, part: list[Job], decoding, task, bar) -> list:
-    """The trajectories of `part`, in order, named and verified."""
-    found = {}
-    for event in decoder.stream([job.prompt_ids for job in part], decoding, seeds=[job.seed for job in part]):
-        if isinstance(event, FinishedEvent):
-            found[event.index] = event.trajectory
-            bar.update()
-    verdicts = task.judge_all([found[i].text for i in range(len(part))], [job.problem for job in part])
-    return [
-        replace(
-            found[i],
-            prompt_id=job.problem.id,
-            sample=job.sample,
-            question=job.problem.question,
-            answer=job.problem.answer,
-            correct=verdicts[i].correct,
-        )
-        for i, job in enumerate(part)
-    ]
+def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[list[Trajectory]]:
+    """The answers in groups as they end, named and verified. What had ended before an error or Ctrl-C still comes.
+
+    A group comes every few seconds, perhaps an empty one, or when `together` answers have ended.
+    """
+    ended: list[FinishedEvent] = []
+    last = time.monotonic()
+
+    def answers() -> list[Trajectory]:
+        asked, found = [jobs[event.index] for event in ended], [event.trajectory for event in ended]
+        ended.clear()
+        verdicts = task.judge_all([t.text for t in found], [job.problem for job in asked])
+        return [
+            replace(
+                trajectory,
+                prompt_id=job.problem.id,
+                sample=job.sample,
+                question=job.problem.question,
+                answer=job.problem.answer,
+                correct=verdict.correct,
+            )
+            for trajectory, job, verdict in zip(found, asked, verdicts, strict=True)
+        ]
+
+    prompts, seeds = [job.prompt_ids for job in jobs], [job.seed for job in jobs]
+    events = engine.stream(prompts, decoding, seeds=seeds, names=[job.problem.id for job in jobs])
+    try:
+        for event in events:
+            if isinstance(event, FinishedEvent):
+                ended.append(event)
+            if len(ended) == together or time.monotonic() - last > GROUP_SECONDS:
+                yield answers()
+                last = time.monotonic()
+    except (Exception, KeyboardInterrupt):
+        yield answers()
+        raise
+    yield answers()
 
 
 def _say(dataset: TrajectoryDataset) -> None:

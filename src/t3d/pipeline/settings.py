@@ -9,7 +9,7 @@ NEUTRAL = (
     "report.",
     "model.device",
     "task.allow_unsandboxed",
-    "rollout.chunk",
+    "rollout.save_every",
     "train.logging_",
     "train.log_",
     "train.save_",
@@ -23,6 +23,24 @@ NEUTRAL = (
     "train.dataloader_prefetch_factor",
     "train.dataloader_persistent_workers",
 )
+# Keys of the evaluation that only say how much of it there is: other values add settings, problems or samples to those
+# that RUN/eval has, each in a place of its own.
+GROWING = {
+    "task.num_eval",
+    "eval.steps",
+    "eval.strategy",
+    "eval.threshold",
+    "eval.floor",
+    "eval.entropy_bound",
+    "eval.factor",
+    "eval.risk",
+    "eval.temperature",
+    "eval.samples",
+    "eval.seeds",
+    "eval.checkpoints",
+    "eval.text",
+    "eval.scorer",
+}
 LATER = {  # sections and keys that only later stages read
     "rollout": ("train.", "eval.", "task.num_eval", "task.eval_"),
     "train": ("eval.", "task.num_eval", "task.eval_"),
@@ -30,9 +48,14 @@ LATER = {  # sections and keys that only later stages read
 }
 
 
-def settings(recipe: Recipe, stage: str) -> dict:
-    """The dotted keys of a recipe, with their values, on which the result of a stage depends."""
+def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
+    """The dotted keys of a recipe, with their values, on which the result of a stage depends.
+
+    student: whether there is one; an evaluation without it does not depend on how it would be made.
+    """
     ignored = NEUTRAL + LATER[stage]
+    if not student and stage == "eval":
+        ignored += ("rollout.", "train.", "task.num_train")
     if recipe.train["objective"] == "sft":
         ignored += ("rollout.",)
     flat = {}

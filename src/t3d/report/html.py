@@ -15,6 +15,8 @@ from t3d.report.figures import save_accuracy_plot
 from t3d.report.runs import Row, Run, choose_problems, load_runs, reference, viewer_data
 from t3d.report.tokens import step_colour
 
+MARK = b'<meta name="generator" content="t3d">'  # in every report, so that nothing else is overwritten
+
 
 def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportConfig | None = None) -> Path:
     """Write `output` from each run's summary.json, answers and training log, and the plot beside it as SVG and PNG.
@@ -22,9 +24,11 @@ def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportC
     Several runs are shown together, e.g. other objectives or seeds.
 
     Raises:
-        T3DError: if a run has no readable summary, or the file cannot be written.
+        T3DError: if a run has no readable summary, or the file cannot be written, or is there and no report.
     """
     config, output = config or ReportConfig(), Path(output)
+    if output.is_file() and MARK not in output.read_bytes()[:2000]:
+        raise T3DError(f"{output} exists and is not a report of t3d; choose another file")
     runs, rows = load_runs([Path(folder) for folder in run_dirs])
     if not rows:
         raise T3DError(f"{runs[0].path / 'summary.json'} has no rows; run `t3d eval` first")
