@@ -30,11 +30,13 @@ from t3d.block_attention import NAME
 from t3d.distill import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
 from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.models import SDARConfig, SDARForCausalLM
 from t3d.trajectories import NFE, Trajectory
 
 BLOCK, VOCABULARY, MASK, PAD = 4, 8192, 8191, 0
 SIDES = ("plain", "ours")
+RECOMPUTE = ("cheap", "nothing", "everything")  # activations that the backward pass of our side computes again
 
 
 def make_model(seed: int) -> SDARForCausalLM:
@@ -186,7 +188,7 @@ def our_loss(student, reference, batch: TrainingBatch, config: T3DConfig) -> dic
 class Case:
     """Two models, a batch of states, and one step of either side."""
 
-    def __init__(self, side: str, checkpointing: bool = False):
+    def __init__(self, side: str, recompute: str = "cheap"):
         self.side = side
         self.config = T3DConfig(output_dir="unused", use_cpu=True)
         self.trajectories = make_trajectories()
@@ -196,9 +198,11 @@ class Case:
         if side == "ours":
             for model in (self.student, self.reference):
                 model.set_attn_implementation(NAME)
-            if checkpointing:
-                self.student.gradient_checkpointing_enable({"use_reentrant": False})
-                self.student.train()
+            if recompute == "cheap":
+                recompute_cheap(self.student)
+            elif recompute == "everything":
+                checkpoint_layers(self.student)
+        self.student.train()
         self.first = copy.deepcopy(self.student.state_dict())
 
     def restart(self) -> None:
@@ -226,16 +230,16 @@ def resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
-def measure_memory(side: str, checkpointing: bool) -> float:
+def measure_memory(side: str, recompute: str) -> float:
     """MiB that one step needs at its peak, beyond what was there before it."""
-    case = Case(side, checkpointing)
+    case = Case(side, recompute)
     before = resident()
     case.step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
-def memory_of(side: str, options, *flags: str) -> float:
-    command = [sys.executable, __file__, "--memory-of", side, "--threads", str(options.threads), *flags]
+def memory_of(side: str, threads: int, recompute: str = "cheap") -> float:
+    command = [sys.executable, __file__, "--memory-of", side, "--threads", str(threads), "--recompute", recompute]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -245,11 +249,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="cheap", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        print(measure_memory(options.memory_of, options.checkpointing))
+        print(measure_memory(options.memory_of, options.recompute))
         return
 
     cases = {side: Case(side) for side in SIDES}
@@ -269,8 +273,8 @@ def main() -> None:
         "time_ratio": statistics.median(p / o for p, o in zip(times["plain"], times["ours"], strict=True)),
         "seconds": {side: statistics.median(values) for side, values in times.items()},
         "max_loss_difference": difference,
-        "memory_mib": {side: memory_of(side, options) for side in SIDES},
-        "memory_mib_with_gradient_checkpointing": memory_of("ours", options, "--checkpointing"),
+        "memory_mib": {side: memory_of(side, options.threads) for side in SIDES},
+        "memory_mib_recomputing": {how: memory_of("ours", options.threads, how) for how in ("nothing", "everything")},
         "rounds": options.rounds,
         "threads": options.threads,
         "torch": torch.__version__,

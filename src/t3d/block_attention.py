@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from t3d.blocks import CLEAN, PADDING, Layout, sees
 
 NAME = "block_sdpa"
-CLEAN_CHUNK, NOISY_CHUNK = 128, 64  # queries at a time; a noisy chunk pays for all of itself and uses its diagonal
+CHUNK = 64  # queries at a time; a noisy chunk pays for all of its own keys and uses the diagonal
 
 
 @dataclass
@@ -56,35 +56,36 @@ class BlockPlan:
 
 def plan(layout: Layout) -> BlockPlan:
     rows, length = layout.document.shape
-    row = torch.arange(rows)[:, None].expand(rows, length).flatten()
     document, copy, position = (x.flatten() for x in (layout.document, layout.copy, layout.position))
     block = layout.block.flatten()
-    order = torch.arange(rows * length)
-    for key in (position, copy, torch.where(copy == CLEAN, -1, block), document, row):  # the last counts most
+    places = torch.arange(rows * length)
+    first = torch.full((int(document.max()) + 2,), rows * length).scatter_reduce(0, document + 1, places, "amin")
+    order = places
+    for key in (position, copy, torch.where(copy == CLEAN, -1, block), first[document + 1]):  # the last counts most
         order = order[torch.argsort(key[order], stable=True)]
     order = order[document[order] != PADDING]
-    document, copy, block, row = document[order], copy[order], block[order], row[order]
+    document, copy, block = document[order], copy[order], block[order]
     pieces = []
-    _, sizes = torch.unique_consecutive(torch.stack([row, document]), dim=1, return_counts=True)
+    _, sizes = torch.unique_consecutive(document, return_counts=True)
     start = 0
     for size in sizes.tolist():
         noisy, end = start + int((copy[start : start + size] == CLEAN).sum()), start + size
-        for first, last in _chunks(copy, block, start, noisy, CLEAN_CHUNK):
+        for first, last in _chunks(copy, block, start, noisy):
             pieces.append((first, last, start, start, start))  # the keys are one run
-        for first, last in _chunks(copy, block, noisy, end, NOISY_CHUNK):
+        for first, last in _chunks(copy, block, noisy, end):
             limit = start + int((block[start:noisy] < block[last - 1]).sum())
             pieces.append((first, last, start, limit, first))
         start = end
-    whole = len(order) == rows * length and torch.equal(order, torch.arange(rows * length))
+    whole = torch.equal(order, places)
     return BlockPlan(None if whole else order, [_piece(*places, document, copy, block) for places in pieces])
 
 
-def _chunks(copy: Tensor, block: Tensor, begin: int, stop: int, chunk: int):
-    """Runs of at most `chunk` tokens, or of one block where that is longer, that end where a block ends."""
+def _chunks(copy: Tensor, block: Tensor, begin: int, stop: int):
+    """Runs of at most `CHUNK` tokens, or of one block where that is longer, that end where a block ends."""
     _, sizes = torch.unique_consecutive(torch.stack([copy, block])[:, begin:stop], dim=1, return_counts=True)
     first = last = begin
     for size in sizes.tolist():
-        if last > first and last + size - first > chunk:
+        if last > first and last + size - first > CHUNK:
             yield first, last
             first = last
         last += size
@@ -160,7 +161,9 @@ def block_sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, s
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, heads, length, dim = query.shape
     kv_heads = key.shape[1]
-    q, k, v = (_in_order(x, plan.order) for x in (query, key, value))
+    kind = query.device.type  # autocast knows PyTorch's own attention, but not this one
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    q, k, v = (_in_order(x, plan.order).to(dtype) for x in (query, key, value))
     out = _BlockAttention.apply(q.unflatten(0, (kv_heads, -1)), k, v, plan, scaling or dim**-0.5)
     out = out.flatten(0, 1).transpose(0, 1)  # (tokens, heads, dim)
     if plan.order is not None:

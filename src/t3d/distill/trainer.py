@@ -17,6 +17,7 @@ from t3d.distill.config import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
+from t3d.distill.recompute import recompute_cheap
 from t3d.distill.sampler import DrawSampler
 from t3d.engine import Engine
 from t3d.errors import T3DError
@@ -47,6 +48,9 @@ class T3DTrainer(Trainer):
         for network in (model, reference):
             if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
                 network.set_attn_implementation("block_sdpa")
+        cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu")
+        if cheap and not args.gradient_checkpointing:
+            recompute_cheap(model)
         one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
