@@ -57,7 +57,7 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 continue
             with run.stage(stage, recipe):
                 WORK[stage](run, recipe, inputs)
-                if stage in ("train", "eval"):
+                if stage in ("train", "eval") and (run / "student").exists():
                     describe_student(run, recipe)
     return run
 
