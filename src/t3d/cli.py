@@ -341,7 +341,7 @@ def serve_command(
     """
     try:
         from t3d.serve.server import serve
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
     from t3d.decoding import load_decoding
     from t3d.log import to_terminal
