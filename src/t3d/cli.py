@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except T3DError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -126,6 +127,8 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
 
     to_terminal()
     run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if stage in (None, "eval"):
         from rich.console import Console
 
@@ -170,6 +173,25 @@ def config_command(
     from t3d.config import describe, load_recipe
 
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+) -> None:
+    """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
+    from rich.console import Console
+
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+    from t3d.plan import plan, table
+
+    to_terminal()
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
 
 
 @app.command("calibrate")
@@ -297,6 +319,27 @@ def export_command(
         from t3d.models.serving import command
 
         print(command(out, engine))
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[
+        Path, typer.Argument(help="rollout JSON of the authors' release", metavar="FILE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of trajectories to write", metavar="OUT", show_default=False)],
+    tokenizer: Annotated[str, typer.Option(help="checkpoint that decoded them", show_default=False)],
+    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the checkpoint's own")] = None,
+) -> None:
+    """Make trajectories of another program's rollouts: text is tokenised again, what does not line up left out."""
+    from t3d.embedded import checkpoint
+    from t3d.log import to_terminal
+    from t3d.models.load import generation_ids
+    from t3d.trajectories.upstream import describe, import_rollouts
+
+    to_terminal()
+    words, stops, size = generation_ids(checkpoint(tokenizer))
+    found = import_rollouts(file, out, words, stops, block_size or size, metadata={"tokenizer": tokenizer})
+    print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
 
 
 @app.command("serve")
