@@ -346,7 +346,7 @@ def import_command(
 def serve_command(
     models: Annotated[
         list[str],
-        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL...", show_default=False),
+        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
     ],
     host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
         "127.0.0.1"
