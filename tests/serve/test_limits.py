@@ -156,7 +156,7 @@ def test_a_full_queue(http):
     for _ in range(5):  # on a busy machine the three may have run out of time before the fourth has come
         with ThreadPoolExecutor(3) as pool:
             busy = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(3)]
-            eventually(lambda: metrics(http)["t3d_sequences_waiting"] == 1 or any(b.done() for b in busy))
+            eventually(lambda b=busy: metrics(http)["t3d_sequences_waiting"] == 1 or any(x.done() for x in b))
             response = http.post("/v1/completions", json={"prompt": "abc"})
             never = http.post("/v1/completions", json={"prompt": "abc", "n": 4})
             assert [b.result().status_code for b in busy] == [504] * 3
