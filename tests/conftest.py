@@ -14,13 +14,17 @@ def make_model(
     head_dim=8,
     seed=0,
     tie=False,
+    family="sdar",
     **settings,
 ):
     """A small SDAR with random weights, sharp enough that its decisions are far from ties. Mask token: the last id."""
-    from t3d.models import SDARConfig, SDARForCausalLM
+    from t3d.models import FAMILIES
 
+    if family == "sdar_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "norm_topk_prob": True}
+        settings = experts | settings
     settings = {"max_position_embeddings": 512, "intermediate_size": 2 * hidden, "eos_token_id": 1} | settings
-    config = SDARConfig(
+    config = FAMILIES[family].config_class(
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -36,10 +40,10 @@ def make_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SDARForCausalLM(config)
+        model = FAMILIES[family](config)
         for weight in model.parameters():
-            if weight.dim() == 2:
-                torch.nn.init.normal_(weight, std=2.0 / weight.shape[1] ** 0.5)
+            if weight.dim() >= 2:
+                torch.nn.init.normal_(weight, std=2.0 / weight.shape[-1] ** 0.5)
     return model.eval()
 
 

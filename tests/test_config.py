@@ -1,5 +1,7 @@
 """The recipe: what is accepted, what it becomes, and the one line that says what is wrong with it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -45,10 +47,10 @@ def test_overrides_win_in_order_and_are_yaml(recipe):
 
 
 def test_interpolation_sees_overrides_and_defaults(recipe):
-    path = recipe("run_dir: runs/x-seed${seed}\ntask: {data_seed: '${seed}', num_eval: '${rollout.chunk}'}\n")
+    path = recipe("run_dir: runs/x-seed${seed}\ntask: {data_seed: '${seed}', num_eval: '${rollout.save_every}'}\n")
     assert load_recipe(path).run_dir == "runs/x-seed0"
     found = load_recipe(path, ["seed=4"])
-    assert (found.run_dir, found.task.data_seed, found.task.num_eval) == ("runs/x-seed4", 4, found.rollout.chunk)
+    assert (found.run_dir, found.task.data_seed, found.task.num_eval) == ("runs/x-seed4", 4, found.rollout.save_every)
 
 
 def test_the_resolved_recipe_is_a_recipe(recipe):
@@ -84,7 +86,7 @@ WRONG = {
     "eval: {steps: 4}": "eval.steps must be list of int",
     "seed: 2001-01-01": "seed must be int",
     "rollout: {top_p: 2}": "rollout: top_p must lie in (0, 1], got 2.0",
-    "rollout: {chunk: 0}": "rollout: chunk must be at least 1",
+    "rollout: {save_every: 0}": "rollout: save_every must be at least 1",
     "engine: {max_batch_size: 0}": "engine: max_batch_size must be at least 1",
     "run_dir: ${nowhere}": "run_dir",
     "model:\n  path: ???": "model.path is left open (???)",
@@ -160,3 +162,22 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
         assert str(error).startswith(f"here: {key.dotted} must be ")  # noqa: PT017
     else:
         assert taken == value or list(taken) == value
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_ours_is_one(path, tmp_path):
+    values = yaml.safe_load(path.read_text())
+    left_open = [
+        f"{s}.{k}=x" for s, keys in values.items() if isinstance(keys, dict) for k, v in keys.items() if v == "???"
+    ]
+    found = load_recipe(path, left_open)
+    assert found.run_dir.startswith("runs/")
+    if path.stem.startswith("sdar-"):  # as published, on 8 GPUs
+        train = found.train
+        assert 8 * train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 256
+        assert (train["alpha"], train["beta"], train["path_lambda"], train["path_k"]) == (0.5, 0.1, 0.2, 4)
+        assert (train["mask_exponent"], train["round_interval"], train["learning_rate"]) == (8, 10, 1e-5)
+        assert (train["lr_scheduler_type"], found.rollout.temperature) == ("cosine_with_min_lr", 0.1)

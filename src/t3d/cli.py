@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except T3DError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -89,9 +90,35 @@ def eval_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = Fal
 
 
 @app.command("report")
-def report_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
-    """Write RUN/report.html from what the evaluation kept."""
-    _stages(recipe, overrides, force, "report")
+def report_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="run folders, shown together; or a recipe and section.key=value, for the recipe's run",
+            metavar="RUN_DIR... | RECIPE",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="default: RUN_DIR/report.html, or report.html for several")
+    ] = None,
+    title: Annotated[str, typer.Option(help="heading; default: the names of the runs")] = "",
+    problems: Annotated[int, typer.Option(help="problems in the trajectory viewer")] = 24,
+) -> None:
+    """Write one HTML file about one or several runs, from what their evaluations kept."""
+    first = Path(sources[0])
+    if not first.is_dir() and first.suffix in (".yaml", ".yml"):
+        if output or title or problems != 24:
+            raise T3DError("--output, --title and --problems are for run folders; a recipe has report.title, ...")
+        return _stages(first, sources[1:], False, "report")
+    from t3d.report import ReportConfig, write_report
+
+    for source in sources:
+        if not Path(source).is_dir():
+            raise T3DError(f"{source} is not a run folder, nor a recipe (a file that ends in .yaml)")
+    if output is None:
+        output = first / "report.html" if len(sources) == 1 else Path("report.html")
+    print(f"report: {write_report(sources, output, ReportConfig(title=title, problems=problems))}")
 
 
 def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str | None) -> None:
@@ -100,6 +127,8 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
 
     to_terminal()
     run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if stage in (None, "eval"):
         from rich.console import Console
 
@@ -135,26 +164,22 @@ def study_command(
 
 @app.command("show")
 def show_command(
-    folder: Annotated[Path, typer.Argument(help="RUN/rollout or RUN/eval/MODEL/SETTING", metavar="FOLDER")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="RUN/rollout or RUN/eval/MODEL/SETTING; of several, the answers to each problem are shown together",
+            metavar="TRAJECTORIES...",
+            show_default=False,
+        ),
+    ],
     number: Annotated[int, typer.Option("--number", "-n", help="how many")] = 3,
     prompt_id: Annotated[str | None, typer.Option("--id", help="only this problem's")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer made them")] = None,
 ) -> None:
     """Show trajectories, each token in the colour of the step that committed it."""
-    from itertools import islice
+    from t3d.report.terminal import show_folders
 
-    from t3d.embedded import checkpoint
-    from t3d.models import load_tokenizer
-    from t3d.report.terminal import show
-    from t3d.trajectories import TrajectoryDataset
-
-    found = TrajectoryDataset(folder)
-    name = tokenizer or found.metadata.get("recipe", {}).get("model.path")
-    words = load_tokenizer(checkpoint(name)) if name or "recipe" in found.metadata else None
-    wanted = (t for t in found if prompt_id in (None, t.prompt_id))
-    shown = [show(trajectory, words) for trajectory in islice(wanted, number)]
-    if not shown:
-        raise T3DError(f"{folder} has no trajectory of problem {prompt_id!r}")
+    show_folders(folders, number, prompt_id, tokenizer)
 
 
 @app.command("config")
@@ -171,6 +196,47 @@ def config_command(
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
 
 
+@app.command("plan")
+def plan_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+) -> None:
+    """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
+    from rich.console import Console
+
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+    from t3d.plan import plan, table
+
+    to_terminal()
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file for the settings")] = Path("decoding.json"),
+    model: Annotated[
+        str | None, typer.Option(help="checkpoint folder, hub id or 'embedded'; default: RUN/student")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="unmasking strategy whose own setting is chosen")] = "adaptive",
+    accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
+    tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
+    split: Annotated[str, typer.Option(help="problems to calibrate on: dev, train or test")] = "dev",
+) -> None:
+    """Choose a strategy's setting for a target accuracy or speed; `t3d generate --decoding FILE` and eval use it."""
+    from t3d.calibrate import calibrate_setting
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+
+    to_terminal()
+    calibrate_setting(load_recipe(recipe, overrides or ()), model, strategy, accuracy, tpf, split, output)
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[
@@ -179,14 +245,17 @@ def generate_command(
     prompt: Annotated[
         str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
     ],
-    steps: Annotated[int | None, typer.Option(help="denoising steps per block; default: the block size")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps per block")] = None,
     max_tokens: Annotated[int, typer.Option(help="most tokens of the answer")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="sample among the k likeliest tokens; 0 is off")] = 0,
-    top_p: Annotated[float, typer.Option(help="sample among the likeliest with this total probability")] = 1.0,
-    strategy: Annotated[str, typer.Option(help="unmasking strategy")] = "low_confidence_static",
-    threshold: Annotated[float, typer.Option(help="confidence above which a dynamic strategy commits")] = 0.9,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens; 0 is off")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample among the likeliest with this total probability")] = None,
+    strategy: Annotated[str | None, typer.Option(help="unmasking strategy")] = None,
+    threshold: Annotated[float | None, typer.Option(help="confidence above which a dynamic strategy commits")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")] = None,
+    decoding: Annotated[
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
@@ -195,22 +264,167 @@ def generate_command(
         bool | None, typer.Option("--color/--no-color", help="colour tokens by commit step; default: on a terminal")
     ] = None,
 ) -> None:
-    """Answer one prompt; the tokens, forwards and time go to stderr."""
-    from t3d.decoding import DecodingConfig
+    """Answer one prompt; the tokens, forwards and time go to stderr.
+
+    Decoded as the checkpoint recommends in generation_config.json, else greedily with as many steps as a block has
+    tokens; what is given here goes first.
+    """
+    from t3d.decoding import load_decoding
     from t3d.generate import generate
     from t3d.log import to_terminal
 
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt
-    decoding = DecodingConfig(
-        block_size=block_size,
-        steps=steps,
-        strategy=strategy,
-        threshold=threshold,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
+    given = {
+        "block_size": block_size,
+        "steps": steps,
+        "strategy": strategy,
+        "threshold": threshold,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings |= {name: value for name, value in given.items() if value is not None}
+    generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[
+        str, typer.Argument(help="Qwen3 or Qwen3-MoE: folder or hub id", metavar="QWEN3", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
+    block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
+    mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+) -> None:
+    """Make a block-diffusion checkpoint of an autoregressive one, for `train.objective=sft` to adapt."""
+    from t3d.log import to_terminal
+    from t3d.models.convert import convert
+
+    to_terminal()
+    made, tokenizer = convert(model, out, block_size, mask_token, dtype, max_shard_size)
+    mask, stops = made.config.mask_token_id, made.generation_config.eos_token_id
+    names = ", ".join(f"{id} ({tokenizer.convert_ids_to_tokens(id)})" for id in stops)
+    print(f"{out}: {made.config.model_type}, blocks of {block_size}, mask token {mask}, stop tokens {names}")
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="checkpoint folder, hub id, or LoRA adapter", metavar="CHECKPOINT", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="CHECKPOINT is a PEFT adapter: merge it")] = False,
+    base: Annotated[str | None, typer.Option(help="what to merge it into; default: the model it names")] = None,
+    engine: Annotated[str | None, typer.Option("--for", help="sglang or lmdeploy: what it needs besides")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+) -> None:
+    """Write a checkpoint anew: merged, cast, in other shards; then load it and compare logits."""
+    from t3d.log import to_terminal
+    from t3d.models.export import export
+
+    to_terminal()
+    done = export(checkpoint, out, dtype, max_shard_size, merge_lora, base, engine, device)
+    print(
+        f"{out}: {done.parameters:,} parameters, {done.dtype}; loaded again, logits differ by at most "
+        f"{done.max_difference:g}, {done.same_choice:.1%} of the likeliest tokens are the same"
     )
-    generate(model, text, decoding, dtype, device, raw, sys.stdout.isatty() if color is None else color)
+    if engine is not None:
+        from t3d.models.serving import command
+
+        print(command(out, engine))
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[
+        Path, typer.Argument(help="rollout JSON of the authors' release", metavar="FILE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of trajectories to write", metavar="OUT", show_default=False)],
+    tokenizer: Annotated[str, typer.Option(help="checkpoint that decoded them", show_default=False)],
+    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the checkpoint's own")] = None,
+) -> None:
+    """Make trajectories of another program's rollouts: text is tokenised again, what does not line up left out."""
+    from t3d.embedded import checkpoint
+    from t3d.log import to_terminal
+    from t3d.models.load import generation_ids
+    from t3d.trajectories.upstream import describe, import_rollouts
+
+    to_terminal()
+    words, stops, size = generation_ids(checkpoint(tokenizer))
+    found = import_rollouts(file, out, words, stops, block_size or size, metadata={"tokenizer": tokenizer})
+    print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
+
+
+@app.command("serve")
+def serve_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
+    ],
+    host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="port to listen at; 0 chooses one")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps per block, where a request does not say")] = None,
+    strategy: Annotated[str | None, typer.Option(help="unmasking strategy, likewise")] = None,
+    threshold: Annotated[float | None, typer.Option(help="of a dynamic strategy, likewise")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, likewise")] = None,
+    decoding: Annotated[
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond, clients get 429")] = 256,
+    max_body: Annotated[int, typer.Option(help="most bytes of a request")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="most seconds for one request")] = 600.0,
+    body_timeout: Annotated[float, typer.Option(help="most seconds for a request to arrive")] = 30.0,
+    grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+) -> None:
+    """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
+
+    Requests that do not say how to decode are decoded as is given here, else as the checkpoint recommends in
+    generation_config.json, else greedily with as many steps as a block has tokens.
+    """
+    try:
+        from t3d.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
+    from t3d.decoding import load_decoding
+    from t3d.log import to_terminal
+    from t3d.serve.config import ServeConfig, read_key
+
+    to_terminal()
+    given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
+    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings |= {name: value for name, value in given.items() if value is not None}
+    config = ServeConfig(
+        host=host,
+        port=port,
+        api_key=read_key(api_key_file),
+        allow_hosts=tuple(allow_host or ()),
+        max_queue=max_queue,
+        max_body=max_body,
+        timeout=timeout,
+        body_timeout=body_timeout,
+        grace=grace,
+        decoding=settings,
+    )
+    serve(models, config, dtype, device, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens)

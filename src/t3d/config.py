@@ -39,16 +39,11 @@ class ModelConfig:
     path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
     dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
     device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
-    block_size: int | None = _help("tokens per block; default: the checkpoint's own", default=None)
     architecture: dict[str, Any] | None = _help(
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
         "that of `path`, or the embedded task's",
         default=None,
     )
-
-    def __post_init__(self):
-        if self.block_size is not None and self.block_size < 1:
-            raise T3DError(f"block_size must be at least 1, got {self.block_size}")
 
 
 @dataclass(frozen=True)
@@ -56,15 +51,26 @@ class EngineConfig:
     """How much the engine does at once; see `t3d.Engine`. The answers do not depend on it."""
 
     max_batch_size: int = _help("sequences decoded at once", default=64)
-    kv_cache_tokens: int | None = _help("size of the cache in tokens; default: what is needed and fits", default=None)
+    kv_cache_tokens: int | None = _help("most tokens that the cache holds; default: by memory_share", default=None)
+    memory_share: float = _help("share of the free memory that the cache may take", default=0.5)
     page_size: int | None = _help("tokens to a page of the cache; default: chosen", default=None)
     prefill_tokens: int = _help("most prompt tokens in one forward", default=1024)
     fused: bool = _help("store a finished block in the next block's first forward, not in one of its own", default=True)
+    attention: str = _help("sdpa (portable), or flex (FlexAttention, for GPUs)", default="sdpa")
+    cuda_graphs: bool | None = _help("replay steady decoding, with flex; default: on a GPU", default=None)
+    workers: int = _help("Ray actors that decode, one GPU or a share of the CPUs each; 0: this process", default=0)
+    address: str | None = _help("Ray cluster to join; default: RAY_ADDRESS, else one on this machine", default=None)
 
     def __post_init__(self):
         for name in ("max_batch_size", "kv_cache_tokens", "page_size", "prefill_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise T3DError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.memory_share <= 1:
+            raise T3DError(f"memory_share must lie in (0, 1], got {self.memory_share}")
+        if self.attention not in ("sdpa", "flex"):
+            raise T3DError(f"attention is sdpa or flex, got {self.attention!r}")
+        if self.workers < 0:
+            raise T3DError(f"workers must not be negative, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,13 @@ class RolloutConfig(DecodingConfig):
 
     temperature: float = _help("0 is greedy", default=0.1)
     seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
-    chunk: int = _help("sequences decoded and stored together: what a killed rollout loses at most", default=512)
-    source: str | None = _help("train on the trajectories of this run or folder, and roll out nothing", default=None)
+    save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
+    source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.chunk < 1:
-            raise T3DError(f"chunk must be at least 1, got {self.chunk}")
+        if self.save_every < 1:
+            raise T3DError(f"save_every must be at least 1, got {self.save_every}")
 
     def decoding(self, seed: int) -> DecodingConfig:
         """The decoding settings alone; `seed` is the recipe's."""

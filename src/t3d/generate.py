@@ -10,17 +10,23 @@ from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.models import load_model
+from t3d.models.recommended import recommended
 from t3d.report.terminal import show
 from t3d.tasks import Problem, TaskConfig, get_task
 
 
 def generate(
-    name: str, text: str, decoding: DecodingConfig, dtype: str | None, device: str | None, raw: bool, color: bool
+    name: str, text: str, settings: dict, dtype: str | None, device: str | None, raw: bool, color: bool
 ) -> None:
-    """Print the answer to `text`, and to stderr what it took. `raw`: without chat template."""
+    """Print the answer to `text`, and to stderr what it took. `raw`: without chat template.
+
+    settings: fields of `DecodingConfig`; the others are what the checkpoint recommends.
+    """
     if not text.strip():
         raise T3DError("the prompt is empty")
+    DecodingConfig(**settings)  # says what is wrong with them before anything is loaded
     model, tokenizer = load_model(checkpoint(name), dtype=dtype, device=device)
+    decoding = DecodingConfig(**recommended(model) | settings)
     if tokenizer is None:
         raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
     if raw:

@@ -8,27 +8,28 @@ import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import MASK, PAD, random_trajectory
+from test_layout import MASK, PAD, decoder_logits, random_trajectory
 
 from t3d.distill import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
 from t3d.distill.logprobs import choose_tokens, token_logprobs
 from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.sampler import Draw
 
 
-def make_case(seed, block_size=4, **settings):
+def make_case(seed, block_size=4, progress=1.0, **settings):
     rng = np.random.default_rng(seed)
     trajectories = [
         random_trajectory(rng, block_size, int(rng.integers(1, 14)), int(rng.integers(1, 5))) for _ in range(3)
     ]
     config = T3DConfig(output_dir="unused", seed=seed, mask_exponent=1.0, use_cpu=True, **settings)
     dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
-    batch = TrainingBatch(**collate([dataset[i] for i in range(3)], PAD, block_size))
+    batch = TrainingBatch(**collate([dataset[Draw(i, 0, progress)] for i in range(3)], PAD, block_size))
     return trajectories, config, batch
 
 
 def run(model, batch):
-    def forward(head):
+    def forward(head, batch=batch):
         return model(
             input_ids=batch.input_ids,
             attention_mask=batch.layout.boolean_mask(),
@@ -133,11 +134,24 @@ def test_sft_is_block_diffusion_cross_entropy(seed):
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_soft_is_the_divergence_to_the_reference(kind, top_k):
-    _, config, batch = make_case(3, objective="soft", soft_divergence=kind, soft_top_k=top_k)
+@pytest.mark.parametrize("state", ["same", "committed"])
+def test_soft_is_the_divergence_to_the_reference(kind, top_k, state):
+    trajectories, config, batch = make_case(
+        3, objective="soft", soft_divergence=kind, soft_top_k=top_k, soft_state=state, states_per_sequence=2
+    )
     student, reference = make_model(seed=1), make_model(seed=2)
     loss, _ = OBJECTIVES["soft"].loss(batch, run(student, batch), run(reference, batch), config, MASK)
     q, p = (dense_logprobs(m, batch).detach().exp().flatten(0, 1)[batch.select] for m in (student, reference))
+    if state == "committed":
+        p, selected = [], set(batch.select.tolist())
+        length = batch.input_ids.shape[1]
+        rows = {r * length + c: key for key, x in noisy_tokens(trajectories, batch).items() for r, c, _ in x.values()}
+        for place in batch.select.tolist():
+            d, copy = rows[place]
+            t = trajectories[d]
+            tokens = noisy_tokens(trajectories, batch)[d, copy]
+            shown = {i + len(t.prompt_ids) for i, (r, c, _) in tokens.items() if r * length + c not in selected}
+            p.append(committed_logprobs(reference, t, int(batch.position.flatten()[place]), shown).exp())
     total = 0.0
     for qi, pi in zip(q, p, strict=True):
         kept = [v for v in range(64) if v != MASK]
@@ -150,6 +164,246 @@ def test_soft_is_the_divergence_to_the_reference(kind, top_k):
     assert loss.item() == pytest.approx(total / len(q), rel=1e-4)
     loss.backward()
     assert all(w.grad.isfinite().all() for w in student.parameters())
+
+
+def noisy_tokens(trajectories, batch):
+    """Every noisy copy's response tokens, read from the input alone: {(document, copy): {place: (row, column, id)}}."""
+    found = {}
+    for r, c in (batch.copy > 0).nonzero().tolist():
+        d, copy, p = (int(x[r, c]) for x in (batch.document, batch.copy, batch.position))
+        place = p - len(trajectories[d].prompt_ids)
+        if place >= 0:
+            found.setdefault((d, copy), {})[place] = (r, c, int(batch.input_ids[r, c]))
+    return found
+
+
+def blocks_of(trajectory):
+    """The places of each block's response tokens, in order."""
+    found = {}
+    for place in range(len(trajectory.response_ids)):
+        found.setdefault((place + len(trajectory.prompt_ids)) // trajectory.block_size, []).append(place)
+    return list(found.values())
+
+
+def average(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def certainty_by_hand(trajectories, batch, logp, counted, parts, config, entropy_parts):
+    total = 0.0
+    for part in parts:
+        ce, entropy = [], []
+        for (d, copy), tokens in noisy_tokens(trajectories, batch).items():
+            for place, (r, c, _) in tokens.items():
+                if (copy - 1) % 2 != part or not counted(d, copy, place):
+                    continue
+                p = logp[r, c]
+                target = trajectories[d].response_ids[place]
+                ce.append(-float(p[target]))
+                if part in entropy_parts and int(p.argmax()) == target:
+                    tempered = [math.exp(float(x) / config.certainty_temperature) for x in p if x > -math.inf]
+                    entropy.append(-sum(x / sum(tempered) * math.log(x / sum(tempered)) for x in tempered))
+        total += average(ce) + config.certainty_weight * average(entropy)
+    return total
+
+
+@given(seed=st.integers(0, 10**6), copies=st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_dparallel_is_its_formula(seed, copies):
+    trajectories, config, batch = make_case(seed, objective="dparallel", states_per_sequence=copies)
+    model = teach(make_model(seed=3), trajectories, batch)
+    with torch.no_grad():
+        loss, metrics = OBJECTIVES["dparallel"].loss(batch, run(model, batch), None, config, MASK)
+        logp = dense_logprobs(model, batch)
+    noisy = noisy_tokens(trajectories, batch)
+
+    def counted(d, copy, place):
+        return noisy[d, copy][place][2] == MASK and place < trajectories[d].length
+
+    expected = certainty_by_hand(trajectories, batch, logp, counted, (0, 1), config, (0, 1))
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert metrics["loss/entropy"] > 0 or not metrics["share_right"]
+    for (d, copy), tokens in noisy.items():
+        if copy % 2 == 0:  # the complement of the copy before it
+            assert all((x[2] == MASK) != (noisy[d, copy - 1][place][2] == MASK) for place, x in tokens.items())
+
+
+def teach(model, trajectories, batch):
+    """The model with a head that makes some predictions right, which random ones hardly are."""
+    frequent = max(set(batch.target.tolist()), key=batch.target.tolist().count) if len(batch.target) else 2
+    hidden = model.model(
+        input_ids=batch.input_ids,
+        attention_mask={"full_attention": batch.layout.boolean_mask()},
+        position_ids=batch.position,
+    ).last_hidden_state.flatten(0, 1)[batch.select]
+    with torch.no_grad():
+        model.lm_head.weight[frequent] += 0.2 * hidden.mean(0) if len(hidden) else 0.0
+    return model
+
+
+@given(seed=st.integers(0, 10**6), copies=st.integers(1, 4), progress=st.sampled_from([0.0, 0.3, 1.0]))
+@settings(max_examples=15, deadline=None)
+def test_pseudo_trajectory_grows_from_half_a_block_to_all_of_it(seed, copies, progress):
+    trajectories, config, batch = make_case(
+        seed, block_size=8, progress=progress, objective="pseudo_trajectory", states_per_sequence=copies
+    )
+    noisy = noisy_tokens(trajectories, batch)
+    supervised = set(batch.select.tolist())
+    length = batch.input_ids.shape[1]
+    learnt = {}
+    for (d, copy), tokens in noisy.items():
+        t = trajectories[d]
+        for block in blocks_of(t):
+            width = max(int((0.5 + 0.5 * progress) * len(block)), 1)
+            masks = [place for place in block if tokens[place][2] == MASK]
+            windows = [block[i : i + width] for i in range(0, len(block), width)]
+            order = {place: (t.step_map[place], -t.confidence[place], place) for place in block}
+
+            def fits(window, copy=copy, masks=masks, block=block, order=order):
+                inside = [place for place in masks if place in window]
+                behind = [place for place in block if place > window[-1]]
+                last = sorted(window, key=order.get)
+                first_part = sorted(inside) == sorted(last[len(last) - len(inside) :]) and inside
+                second_part = sorted(inside) == sorted(last[: len(inside)])
+                return sorted(masks) == sorted(inside + behind) and (first_part if copy % 2 else second_part)
+
+            window = next(filter(fits, windows))
+            learnt[d, copy] = learnt.get((d, copy), set()) | {place for place in masks if place in window}
+            if progress == 1.0 and copy % 2:
+                assert len(masks) == math.ceil(0.8 * len(block))
+        for place, (r, c, _) in tokens.items():
+            assert place not in learnt[d, copy] or place >= t.length or r * length + c in supervised
+
+    model = teach(make_model(seed=3, block_size=8), trajectories, batch)
+    with torch.no_grad():
+        loss, _ = OBJECTIVES["pseudo_trajectory"].loss(batch, run(model, batch), None, config, MASK)
+        logp = dense_logprobs(model, batch)
+
+    def counted(d, copy, place):
+        r, c, _ = noisy[d, copy][place]
+        return r * length + c in supervised
+
+    expected = certainty_by_hand(trajectories, batch, logp, counted, (0, 1), config, (0,))
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def committed_logprobs(model, t, position, shown=()):
+    """The model's distribution before the step that committed the token at `position`; it sees `shown`, too."""
+    start, begin = len(t.prompt_ids), position // t.block_size * t.block_size
+    state = [
+        (t.prompt_ids + t.response_ids)[i]
+        if i < start or t.step_map[i - start] < t.step_map[position - start] or i in shown
+        else MASK
+        for i in range(begin, begin + t.block_size)
+    ]
+    with torch.no_grad():
+        logits = decoder_logits(model, t, state, begin)[position - begin].double()
+    logits[MASK] = -math.inf
+    return logits.log_softmax(-1)
+
+
+def forward_kl(logp, logq):
+    return sum(math.exp(float(a)) * (float(a) - float(b)) for a, b in zip(logp, logq, strict=True) if a > -math.inf)
+
+
+@given(seed=st.integers(0, 10**6), near=st.integers(1, 3), copies=st.integers(1, 2))
+@settings(max_examples=15, deadline=None)
+def test_tad_is_its_formula(seed, near, copies):
+    trajectories, config, batch = make_case(
+        seed, objective="tad", tad_near=near, states_per_sequence=copies, tad_kl_weight=0.7
+    )
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        loss, _ = OBJECTIVES["tad"].loss(batch, run(student, batch), run(teacher, batch), config, MASK)
+        logq, logp = dense_logprobs(student, batch), dense_logprobs(teacher, batch)
+    ce, kl = [], []
+    for (d, _), tokens in noisy_tokens(trajectories, batch).items():
+        t = trajectories[d]
+        for block in blocks_of(t):
+            masked = [place for place in block if tokens[place][2] == MASK]
+            steps = sorted({t.step_map[place] for place in masked})  # those still to come
+            assert masked == [place for place in block if t.step_map[place] >= steps[0]]
+            for place in masked:
+                if place >= t.length:
+                    continue
+                r, c, _ = tokens[place]
+                if t.step_map[place] in steps[:near]:
+                    ce.append(-float(logq[r, c, t.response_ids[place]]))
+                else:
+                    kl.append(forward_kl(logp[r, c], logq[r, c]))
+    assert float(loss) == pytest.approx(average(ce) + 0.7 * average(kl), rel=1e-4, abs=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), copies=st.integers(1, 2), denoising=st.sampled_from([0.0, 0.3]))
+@settings(max_examples=8, deadline=None)
+def test_consistency_is_its_formula(seed, copies, denoising):
+    trajectories, config, batch = make_case(
+        seed, objective="consistency", states_per_sequence=copies, cdlm_distill=0.9, cdlm_denoising=denoising
+    )
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        loss, _ = OBJECTIVES["consistency"].loss(batch, run(student, batch), run(teacher, batch), config, MASK)
+        logq = dense_logprobs(student, batch)
+    noisy = noisy_tokens(trajectories, batch)
+    distil, agree, ce = [], [], []
+    size = 3 if denoising else 2
+    for d, t in enumerate(trajectories):
+        start = len(t.prompt_ids)
+        for first in range(1, size * copies, size):
+            now, later = noisy[d, first], noisy[d, first + 1]
+            for block in blocks_of(t):
+                new = [p for p in block if now[p][2] == MASK and later[p][2] != MASK]
+                still = [p for p in block if later[p][2] == MASK]
+                assert new
+                assert all(now[p][2] == MASK for p in still)
+                assert all(t.step_map[a] < t.step_map[b] for a in new for b in still)
+                for p in new:
+                    distil.append(forward_kl(committed_logprobs(teacher, t, p + start), logq[now[p][0], now[p][1]]))
+                for p in still:
+                    agree.append(forward_kl(logq[later[p][0], later[p][1]], logq[now[p][0], now[p][1]]))
+                if denoising:
+                    masked = [p for p in block if noisy[d, first + 2][p][2] == MASK]
+                    ce.append(average([-float(logq[noisy[d, first + 2][p][:2]][t.response_ids[p]]) for p in masked]))
+    expected = 0.9 * average(distil) + config.cdlm_consistency * average(agree) + denoising * average(ce)
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_later_state_is_not_pulled_to_the_earlier_one():
+    """`consistency` alone must not move what the student predicts at y*."""
+    _, config, batch = make_case(5, objective="consistency", cdlm_distill=0.0)
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    hidden = []
+
+    def forward(head):
+        def keep(h, w):
+            h.retain_grad()
+            hidden.append(h)
+            return head(h, w)
+
+        return run(student, batch)(keep)
+
+    loss, _ = OBJECTIVES["consistency"].loss(batch, forward, run(teacher, batch), config, MASK)
+    loss.backward()
+    moved = hidden[0].grad.abs().sum(1) > 0
+    assert torch.equal(moved, batch.part == 1)
+    assert moved.any()
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "mean_field"])
+def test_a_batch_without_supervised_positions_costs_nothing(name):
+    trajectories, config, batch = make_case(0, objective=name)
+    trajectory = trajectories[0]
+    dataset = StateDataset([trajectory], config, 4, MASK, vocabulary=60)
+    example = dataset[0]
+    for key in example.keys() - {"item", "input_ids", "copy", "position"}:
+        example[key] = example[key][:0]
+    batch = TrainingBatch(**collate([example], PAD, 4))
+    student, reference = make_model(seed=1), make_model(seed=2)
+    loss, metrics = OBJECTIVES[name].loss(batch, run(student, batch), run(reference, batch), config, MASK)
+    loss.backward()
+    assert loss.item() == 0 or name in ("t3d", "ddo")
+    assert all(np.isfinite(value.item()) for value in metrics.values())
+    assert all(w.grad is None or not w.grad.any() for w in student.parameters())
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

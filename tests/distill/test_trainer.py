@@ -5,6 +5,8 @@ from conftest import make_model
 from test_layout import random_trajectory
 
 from t3d.distill import T3DConfig, T3DTrainer
+from t3d.distill.data import StateDataset
+from t3d.distill.objectives import OBJECTIVES
 from t3d.errors import T3DError
 
 
@@ -33,7 +35,10 @@ def weights(model):
     return {name: w.detach().clone() for name, w in model.named_parameters()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"objective": "sft", "optim": "muon", "states_per_sequence": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"objective": "sft", "optim": "muon", "states_per_sequence": 2}, {"objective": "pseudo_trajectory"}],
+)
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
     whole = T3DTrainer(make_model(), config(tmp_path / "whole", **settings), trajectories())
     whole.train()
@@ -42,6 +47,49 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
     assert again.state.global_step == 8
     for (name, a), b in zip(weights(whole.model).items(), weights(again.model).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_every_objective_takes_a_step(tmp_path):
+    for name in OBJECTIVES:
+        trainer = T3DTrainer(
+            make_model(), config(tmp_path, objective=name, max_steps=2, logging_steps=1, save_steps=100), trajectories()
+        )
+        before = weights(trainer.model)
+        trainer.train()
+        assert any(not torch.equal(before[key], w) for key, w in weights(trainer.model).items()), name
+        assert trainer.args.round_interval == 3  # as asked for
+        teacher_stays = config(tmp_path, objective=name, round_interval=None).round_interval == 0
+        assert teacher_stays == (name not in ("t3d", "ddo"))
+
+
+def test_a_run_draws_every_trajectory_once_per_epoch_and_knows_how_far_it_is(tmp_path):
+    """12 trajectories in steps of 4 for 2 epochs, resumed in the middle of the second."""
+    settings = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 4, "round_interval": 0}
+
+    class Watch(T3DTrainer):
+        def get_batch_samples(self, *args):
+            batches, count = super().get_batch_samples(*args)
+            steps.extend(sorted(batch["item"].tolist()) for batch in batches)
+            return batches, count
+
+    steps, draws = [], []
+    original = StateDataset.__getitem__
+    StateDataset.__getitem__ = lambda self, draw: draws.append(draw) or original(self, draw)
+    try:
+        Watch(make_model(), config(tmp_path, **settings), trajectories()).train()
+        whole, whole_draws = list(steps), list(draws)
+        steps.clear(), draws.clear()
+        Watch(make_model(), config(tmp_path, **settings), trajectories()).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    finally:
+        StateDataset.__getitem__ = original
+    first, second = (sorted(item for step in epoch for item in step) for epoch in (whole[:3], whole[3:]))
+    assert first == second == list(range(12))
+    assert whole[:3] != whole[3:]
+    assert steps == whole[4:]
+    assert draws == whole_draws[16:]
+    assert [draw.progress for draw in whole_draws] == [step / 6 for step in range(6) for _ in range(4)]
 
 
 def test_training_lowers_the_loss_and_logs_every_term(tmp_path):
@@ -63,7 +111,7 @@ def test_the_reference_is_replaced_at_round_boundaries_only(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             same = all(
                 torch.equal(a, b)
-                for a, b in zip(trainer.model.parameters(), trainer.reference.parameters(), strict=True)
+                for a, b in zip(trainer.model.parameters(), trainer.reference.model.parameters(), strict=True)
             )
             seen.append(same)
 
@@ -77,7 +125,7 @@ def test_round_interval_zero_keeps_the_teacher(tmp_path):
     before = weights(model)
     trainer = T3DTrainer(model, config(tmp_path, round_interval=0, save_steps=100), trajectories())
     trainer.train()
-    for name, weight in trainer.reference.named_parameters():
+    for name, weight in trainer.reference.model.named_parameters():
         assert torch.equal(weight, before[name])
 
 
@@ -142,6 +190,13 @@ def test_filters_count_what_they_drop(tmp_path):
         ({"order": "backwards"}, "order is one of"),
         ({"random_ratio": 2.0}, "random_ratio"),
         ({"ddo_reduction": "max"}, "ddo_reduction"),
+        ({"soft_state": "later"}, "soft_state is"),
+        ({"pt_noise": [0.8, 0.2]}, "pt_noise"),
+        ({"pt_window": 0.0}, "pt_window"),
+        ({"tad_near": 0}, "tad_near"),
+        ({"certainty_temperature": 0.0}, "certainty_temperature"),
+        ({"certainty_mask_ratio": 1.0}, "certainty_mask_ratio"),
+        ({"cdlm_consistency": -1.0}, "cdlm_consistency"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, settings, words):

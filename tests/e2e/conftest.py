@@ -15,7 +15,7 @@ RECIPE = {
     "seed": 3,
     "model": {"device": "cpu"},
     "task": {"name": "word_problems", "num_train": 40, "num_eval": 6},
-    "rollout": {"max_tokens": 32, "chunk": 8},
+    "rollout": {"max_tokens": 32, "save_every": 8},
     "train": {
         "max_steps": 8,
         "per_device_train_batch_size": 4,

@@ -4,8 +4,12 @@ import os
 import resource
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import pytest
+
+from t3d.trajectories import TrajectoryDataset
 
 
 def _command(arguments: list[str], folder: str, output: str, largest_file: int | None):
@@ -20,6 +24,18 @@ def _command(arguments: list[str], folder: str, output: str, largest_file: int |
     from t3d.cli import main
 
     main(arguments)
+
+
+def assert_same_trajectories(run: Path, other: Path, folder: str = "rollout") -> None:
+    """Equal in all that does not depend on what else was in the batch.
+
+    What does: the last bits of the confidences, and how many forwards read the prompt.
+    """
+    pairs = zip(TrajectoryDataset(run / folder), TrajectoryDataset(other / folder), strict=True)
+    for a, b in pairs:
+        one, two = (replace(t, confidence=[], nfe=replace(t.nfe, prefill=0)) for t in (a, b))
+        assert one == two
+        assert a.confidence == pytest.approx(b.confidence, abs=1e-5)
 
 
 @dataclass

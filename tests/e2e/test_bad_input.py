@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.test_run import trajectories, weights
+from e2e.program import assert_same_trajectories
+from e2e.test_run import weights
 
 
 def refused(done, *said: str) -> None:
@@ -30,7 +31,7 @@ def refused(done, *said: str) -> None:
         ("task: {num_train: many}", "task.num_train must be int"),
         ("task: {name: word_problem, num_train: 1}", "(did you mean 'word_problems'?)"),
         ("task: {name: word_problems}", "num_train"),
-        ("train: {objective: t4d}", "(did you mean 't3d'?)"),
+        ("train: {objective: t3dd}", "(did you mean 't3d'?)"),
         ("train: {optim: sgdd}", "train: "),
         ("eval: {strategy: [low_confidence]}", "unknown strategy"),
         ("rollout: {steps: 0}", "rollout: steps must be at least 1"),
@@ -50,6 +51,11 @@ DATA = {
     "nothing in it": ("", "data.jsonl"),
     "no question": ('{"prompt": "a"}\n', "no field 'question'"),
     "an empty question": ('{"question": "How many?"}\n{"question": " "}\n', "line 2: the question is empty"),
+    "two with one id": (
+        '{"id": "a", "question": "How many?"}\n\n{"id": "a", "question": "How many?"}\n',
+        "line 3: id 'a' was already used in line 1",
+    ),
+    "no object": ('{"question": "a"}\n["b"]\n', "line 2: expected an object with fields, got list"),
     "longer than the context": (
         json.dumps({"question": "short"}) + "\n" + json.dumps({"question": "How many " * 300}) + "\n",
         "the model's context is 512",
@@ -151,7 +157,7 @@ def test_no_room(t3d, write_recipe, finished, largest_file, stage):
         return
     assert not json.loads((run / stage / "stage.json").read_text())["complete"]
     assert t3d(stage, recipe).code == 0
-    assert trajectories(run) == trajectories(finished[0])
+    assert_same_trajectories(run, finished[0])
     assert stage == "rollout" or weights(run) == weights(finished[0])
 
 

@@ -2,14 +2,18 @@
 
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from t3d import __version__
-from t3d.evaluation import EvalRow, read_summary
+from t3d.decoding import load_decoding
+from t3d.evaluation import EvalConfig, EvalRow, read_summary
 from t3d.evaluation.rows import print_table
 
 
@@ -88,6 +92,65 @@ def test_show(finished, t3d):
         assert done.stderr.startswith("error: ")
 
 
+def test_show_puts_the_answers_to_a_problem_together(finished, t3d):
+    run, _ = finished
+    settings = sorted((run / "eval").glob("*/*steps1*"))
+    both = t3d("show", *map(str, settings), "-n", "2")
+    assert both.code == 0, both.stderr
+    assert both.stdout.count("forwards") == 4
+    assert both.stdout.count("word_problems/test/0/000001") == 1
+    assert all(re.search(rf"^{name}  (correct|wrong)", both.stdout, re.M) for name in ("teacher", "student"))
+    everything = t3d("show", str(run / "eval"), "-n", "1")
+    assert everything.stdout.count("forwards") == 4  # two models, two settings
+    for other in (run / "rollout", run / "student"):
+        done = t3d("show", str(settings[0]), str(other))
+        assert done.code == 2
+        assert "no traject" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_report_of_run_folders(finished, t3d):
+    for name in ("a", "b"):
+        shutil.copytree(finished[0], t3d.folder / name, ignore=shutil.ignore_patterns("report*"))
+    one = t3d("report", "a")
+    assert (one.code, one.stdout) == (0, "report: a/report.html\n"), one.stderr
+    assert (t3d.folder / "a" / "report.html").read_text() == (finished[0] / "report.html").read_text().replace(
+        finished[0].name, "a"
+    )
+    both = t3d("report", "a", "b", "-o", "both.html", "--title", "Two runs", "--problems", "2")
+    assert both.code == 0, both.stderr
+    page = (t3d.folder / "both.html").read_text()
+    assert "<h1>Two runs</h1>" in page
+    assert (t3d.folder / "both-accuracy.svg").exists()
+    assert t3d("report", "a", "b").stdout == "report: report.html\n"
+    assert t3d("report", "a", "b").code == 0  # a report may be made anew
+
+
+def test_report_refuses(finished, t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    (t3d.folder / "empty").mkdir()
+    (t3d.folder / "mine.html").write_text("my own page")
+    run = str(finished[0])
+    cases = {
+        ("nowhere",): "nowhere is not a run folder, nor a recipe",
+        (run, "nowhere"): "nowhere is not a run folder",
+        (run, "report.title=x"): "report.title=x is not a run folder",
+        ("empty",): "empty/summary.json",
+        (run, "-o", "mine.html"): "mine.html exists and is not a report",
+        (run, "-o", "mine.html/x.html"): "cannot write",
+        (run, "--problems", "-1"): "problems must not be negative",
+        (recipe, "--title", "x"): "a recipe has report.title",
+    }
+    for arguments, said in cases.items():
+        done = t3d("report", *arguments)
+        assert (done.code, done.stdout) == (2, ""), (arguments, done)
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert said in done.stderr
+    assert (t3d.folder / "mine.html").read_text() == "my own page"
+    assert not list((t3d.folder / "empty").iterdir())
+
+
 def test_an_unexpected_failure_is_not_hidden(t3d, write_recipe):
     (t3d.folder / "broken.py").write_text(
         "from t3d.tasks import Task, Problem, register\n\n\n"
@@ -112,3 +175,29 @@ def test_the_table_fits_the_terminal(finished, width):
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
     assert all(word in lines[1] for word in ("model", "setting", "accuracy %", "95%", "TPF"))
+
+
+def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
+    recipe = write_recipe(t3d.folder)
+    command = ["calibrate", recipe, "--model", str(tiny), "--strategy", "low_confidence_dynamic"]
+    done = t3d(*command, "--tpf", "1.5", "-o", "chosen.json")
+    assert done.code == 0, done.stderr
+    assert "tokens per forward on 6 dev problems" in done.stdout
+    chosen = load_decoding(t3d.folder / "chosen.json")
+    assert chosen.strategy == "low_confidence_dynamic"
+    assert 0 < chosen.threshold < 1
+    answer = t3d("generate", str(tiny), "How many apples?", "--decoding", "chosen.json", "--max-tokens", "12")
+    assert answer.code == 0, answer.stderr
+    settings = EvalConfig(decoding=[str(t3d.folder / "chosen.json")], max_tokens=7).settings(seed=5)
+    assert settings[-1] == replace(chosen, max_tokens=7, seed=5)
+    for wrong, said in {
+        ("--tpf", "1.5", "--accuracy", "0.5"): "either --accuracy or --tpf",
+        ("--tpf", "100"): "reaches at best tpf",
+        ("--accuracy", "1"): "reaches at best quality",
+        ("--tpf", "2", "--strategy", "sequential"): "nothing to calibrate",
+        ("--tpf", "2", "--split", "none"): "none",
+    }.items():
+        done = t3d(*command, *wrong, "-o", "not-there.json")
+        assert done.code == 2
+        assert said in done.stderr
+        assert not (t3d.folder / "not-there.json").exists()

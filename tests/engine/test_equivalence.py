@@ -92,13 +92,15 @@ def test_engine_equals_plain_sampler(model, data):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(("page_size", "budget"), [(None, None), (16, 64)])
-def test_flex_attention_equals_sdpa(model, page_size, budget):
+def test_flex_attention_equals_sdpa(model, page_size, budget, graphs):
+    """With `graphs`, the forwards of steady decoding are padded to the shapes that a GPU would replay."""
     rng = random.Random(2)
     prompts = random_prompts(rng, 5, longest=40)
     config = DecodingConfig(steps=2, max_tokens=10, temperature=1.0, stop_ids=STOPS)
     want = Engine(model).generate(prompts, config)
-    flex = Engine(model, attention="flex", page_size=page_size, kv_cache_tokens=budget)
+    flex = Engine(model, attention="flex", page_size=page_size, kv_cache_tokens=budget, cuda_graphs=graphs)
     assert [t.response_ids for t in flex.generate(prompts, config)] == [t.response_ids for t in want]
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import rich
 from conftest import make_model
@@ -14,7 +15,7 @@ from trajectory_examples import make_trajectory
 
 from t3d import DecodingConfig, Engine, T3DError
 from t3d.decoding.strategies import STRATEGIES
-from t3d.evaluation import EvalConfig, evaluate, read_summary, summarise, table, write_summary
+from t3d.evaluation import EvalConfig, evaluate, read_summary, runner, summarise, table, write_summary
 from t3d.evaluation.results import markdown
 from t3d.evaluation.rows import print_table
 from t3d.evaluation.runner import resolve, setting_name
@@ -113,7 +114,7 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
         "from t3d.tasks.word_problems import build_tokenizer\n"
         "import t3d.evaluation.runner as runner\n"
         "class Writer(runner.TrajectoryWriter):\n"
-        "    def __init__(self, *args): super().__init__(*args, shard_size=2)\n"
+        "    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs, shard_size=2)\n"
         "runner.TrajectoryWriter, runner.JUDGED_TOGETHER = Writer, 1\n"
         "tokenizer, task = build_tokenizer(), get_task(TaskConfig(name='word_problems'))\n"
         "model = make_model(vocab_size=len(tokenizer) + 1, eos_token_id=tokenizer.eos_token_id)\n"
@@ -142,6 +143,23 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
     for a, b in zip(read_trajectories(folder), whole, strict=True):
         assert replace(a, extra={}, confidence=[]) == replace(b, extra={}, confidence=[])
         assert a.confidence == pytest.approx(b.confidence, abs=1e-5)  # the last bits depend on the batch
+
+
+def test_answers_reach_the_disk_however_few_there_are(parts, tmp_path, monkeypatch):
+    """When it is time, what is finished is saved, although fewer are there than are judged together."""
+    model, tokenizer, _, problems = parts
+    task = get_task(TaskConfig(name="word_problems"))
+    judge, saved = task.judge_all, []
+
+    def watching(texts, asked):
+        saved.extend(sum(pq.read_metadata(p).num_rows for p in tmp_path.rglob("*.parquet")) for _ in texts)
+        return judge(texts, asked)
+
+    monkeypatch.setattr(task, "judge_all", watching)
+    monkeypatch.setattr(runner, "SAVE_SECONDS", 0.0)
+    engine = Engine(model, tokenizer, max_batch_size=1)
+    evaluate(model, tokenizer, task, problems, STATIC[:1], output=tmp_path, engine=engine)
+    assert saved == list(range(12))
 
 
 def test_results_of_another_model_task_or_prompt_are_refused(parts, tmp_path):

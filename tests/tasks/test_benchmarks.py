@@ -48,6 +48,51 @@ def test_math500_in_both_forms(tmp_path, record):
             task.solution(problem, Random(0))
 
 
+COMPETITION = [  # answers in the forms that MATH-500 has, each with a right and a wrong one of a model
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", r"(3, \pi/3)"),
+    (r"[-2,7]", r"x \in [-2, 7]", r"(-2, 7)"),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{bmatrix} -\tfrac13 \\ \tfrac23 \end{bmatrix}", r"\frac13"),
+    (r"\text{Evelyn}", "Evelyn", "Carla"),
+    (r"90^\circ", "90", "91"),
+    (r"\$32,\!348", "32348", "32,384"),
+    (r"10\%", "10", "100"),
+    (r"52_8", "52_{8}", "52_9"),
+    (r"13 \frac{1}{2}", r"\dfrac{27}{2}", r"\dfrac{1}{2}"),
+    (r"11,\! 111,\! 111", "11111111", "1111111"),
+    ("3, 5, 7", r"\{7, 5, 3\}", "3, 5"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}", r"1+\sqrt{19}"),
+    (r"\text{(C)}", "C", "D"),
+    (r"15\mbox{ cm}^2", r"15 \text{ cm}^2", "16"),
+]
+
+
+def test_a_file_in_math500s_schema(tmp_path):
+    """JSON lines with `problem, solution, answer, subject, level, unique_id`, as the hub's file is."""
+    records = [
+        {
+            "problem": f"Problem {i}?",
+            "solution": f"First $\\boxed{{0}}$ seems right, but it is $\\boxed{{{answer}}}$.",
+            "answer": answer,
+            "subject": "Algebra",
+            "level": 1 + i % 5,
+            "unique_id": f"test/algebra/{i}.json",
+        }
+        for i, (answer, _, _) in enumerate(COMPETITION)
+    ]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = get_task(TaskConfig(name="math500", path=str(path)))
+    problems = task.problems("test")
+    assert [(p.id, p.question, p.answer) for p in problems] == [
+        (r["unique_id"], r["problem"], r["answer"]) for r in records
+    ]
+    for problem, record, (_, right, wrong) in zip(problems, records, COMPETITION, strict=True):
+        assert task.verify(record["solution"], problem)
+        assert task.verify(f"So it is $\\boxed{{{right}}}$.", problem), right
+        assert task.verify(f"So it is $\\boxed{{{wrong}}}$.", problem) is False, wrong
+        assert task.verify(f"So it is {right}.", problem) is False  # not in a box
+
+
 def test_math_train_leaves_out_answers_that_are_none(tmp_path):
     _, problems = load(tmp_path, "math_train", GENVERSE, GENVERSE | {"ground_truth_answer": "None"}, split="train")
     assert [p.id for p in problems] == ["data:1"]

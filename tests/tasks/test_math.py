@@ -1,3 +1,4 @@
+import os
 import re
 import threading
 import time
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from t3d.tasks import extract_answer, verify_math
 from t3d.tasks import math as checker
-from t3d.tasks.math import last_boxed, reference_answer
+from t3d.tasks.math import equal, last_boxed, reference_answer
 from t3d.tasks.records import read_records
 
 PAIRS = [record for _, record in read_records(Path(__file__).with_name("hard_pairs.jsonl"))]
+EVERY = 1 if os.environ.get("T3D_ALL") else 7
 HOSTILE = [r"9^{9^{9^{9}}}", r"10^{10^{10}}!"]
 
 
@@ -31,6 +33,20 @@ def test_hard_pairs(kind):
             assert found is not pair["equal"], pair
         else:
             assert found is pair["equal"], pair
+
+
+def test_another_digit_or_sign_is_another_answer():
+    """The references of the pairs with each of their digits changed, and with a minus before a number."""
+    changed = []
+    for reference in sorted({pair["reference"] for pair in PAIRS if pair["kind"] != "exceptions"}):
+        for digit in re.finditer(r"\d", reference):
+            before, after = reference[: digit.start()], reference[digit.end() :]
+            if not re.search(r"\\(?:text|mbox)\{[^{}]*\}\^\{?$", before):  # of a unit, which may be left out
+                changed.append((before + str((int(digit[0]) + 3) % 10) + after, reference))
+        if re.match(r"[1-9]", reference):
+            changed.append(("-" + reference, reference))
+    assert len(changed) > 800
+    assert not [pair for pair in changed[::EVERY] if equal(*pair)]
 
 
 def test_real_gsm8k_references(shared_data):

@@ -26,12 +26,14 @@ def calibrate(
     target_quality: float | None = None,
     quality: Callable[[list[Trajectory]], float] | None = None,
     rounds: int = 8,
+    tried: Callable[[dict], None] = lambda trial: None,
 ) -> tuple[DecodingConfig, list[dict]]:
     """Set the strategy's own knob (`adaptive`: risk; dynamic: threshold; ...) by bisection on the prompts.
 
     With `target_tpf`, the slowest setting found whose tokens per forward reach it; with `target_quality` and `quality`
     (a function of the trajectories, more is better, e.g. accuracy), the fastest found that reaches it. Returns the
-    settings and one `{"value", "tpf", "quality"}` per trial. Raises T3DError if even the knob's end misses the target.
+    settings and one `{"knob", "value", "tpf", "quality"}` per trial; `tried` is called with each. Raises T3DError if
+    even the knob's end misses the target.
     """
     knob = STRATEGIES[config.strategy].knob
     if knob is None:
@@ -43,9 +45,10 @@ def calibrate(
 
     def meets(value: float) -> bool:
         trajectories = engine.generate(prompts, replace(config, **{knob.name: value}))
-        trial = {"value": value, "tpf": tokens_per_forward(trajectories)}
+        trial = {"knob": knob.name, "value": value, "tpf": tokens_per_forward(trajectories)}
         trial["quality"] = quality(trajectories) if quality else None
         trials.append(trial)
+        tried(trial)
         return trial["tpf"] >= target_tpf if quality is None else trial["quality"] >= target_quality
 
     # `good` always meets the target, `bad` does not; the answer lies between them

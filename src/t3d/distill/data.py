@@ -10,9 +10,12 @@ from torch.utils.data import Dataset
 
 from t3d.blocks import CLEAN, PADDING, Layout, block_ids
 from t3d.distill.config import T3DConfig
-from t3d.distill.states import commit_rank, replace_with_random
+from t3d.distill.sampler import Draw
+from t3d.distill.states import Response, commit_rank, replace_with_random
 from t3d.errors import T3DError
 from t3d.trajectories import Trajectory
+
+PER_POSITION = ("target", "step", "rank", "weight", "part", "labelled", "sequence", "block")  # fields of a batch
 
 
 @dataclass
@@ -20,10 +23,11 @@ class TrainingBatch:
     """One forward's input and its `m` supervised positions (masked, and counted by the trajectory's length).
 
     input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
-    select: flat index of each supervised position into rows * length; target: the trajectory's token there; rank: its
-    commit rank in its block; weight: the state's weight; labelled: 1 where the target is part of a trajectory, 0 behind
-    its end and in the student's own contexts; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is
-    in, counted over the batch; all `(m,)`. item: each document's place in the dataset, `(documents,)`; -1: none.
+    select: flat index of each supervised position into rows * length; target: the trajectory's token there; step, rank:
+    the step at which, and the place in the order in which, it was committed in its block; weight, part: the state's
+    weight, and the term of the loss that it belongs to; labelled: 1 where the target is part of a response verified as
+    correct, else 0; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is in,
+    counted over the batch; all `(m,)`. item: each document's place in the dataset, `(documents,)`; -1: none.
     """
 
     input_ids: Tensor
@@ -32,8 +36,10 @@ class TrainingBatch:
     position: Tensor
     select: Tensor
     target: Tensor
+    step: Tensor
     rank: Tensor
     weight: Tensor
+    part: Tensor
     labelled: Tensor
     sequence: Tensor
     block: Tensor
@@ -49,8 +55,11 @@ class TrainingBatch:
 
 
 class StateDataset(Dataset):
-    """Trajectories seen as fresh training states: item `i` depends only on (seed, epoch, i), so a resumed run sees
-    what an uninterrupted one would."""
+    """Trajectories seen as fresh training states. An item depends only on the seed and on the `Draw` that asks for it
+    (which trajectory, in which epoch, how far into training), so a resumed run sees what an uninterrupted one would.
+
+    A plain index asks for the state of the current epoch, at the end of training.
+    """
 
     def __init__(
         self,
@@ -70,15 +79,17 @@ class StateDataset(Dataset):
         self.epoch = 0
 
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
-        given = range(min(len(self.trajectories), self.config.max_trajectories or len(self.trajectories)))
+        given = range(len(self.trajectories))
         kept, dropped = given, {}
-        if self.config.verified_only or self.config.max_length:
-            kept, dropped = [], {"not verified correct": 0, "too long": 0}
+        if self.config.verified_only or self.config.drop_truncated or self.config.max_length:
+            kept, dropped = [], {"not verified correct": 0, "cut at max_tokens": 0, "too long": 0}
             for i in given:
                 trajectory = self.trajectories[i]
                 tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
                 if self.config.verified_only and not trajectory.correct:
                     dropped["not verified correct"] += 1
+                elif self.config.drop_truncated and trajectory.finish_reason == "length":
+                    dropped["cut at max_tokens"] += 1
                 elif self.config.max_length and tokens > self.config.max_length:
                     dropped["too long"] += 1
                 else:
@@ -103,14 +114,15 @@ class StateDataset(Dataset):
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng([self.config.seed, self.epoch, self.kept[item]])
-        return self.states(self.trajectory(item), rng, item)
+    def __getitem__(self, draw: Draw | int) -> dict[str, np.ndarray]:
+        item, epoch, progress = draw if isinstance(draw, Draw) else Draw(draw, self.epoch, 1.0)
+        rng = np.random.default_rng([self.config.seed, epoch, self.kept[item]])
+        return self.states(self.trajectory(item), rng, item, progress)
 
-    def states(self, trajectory: Trajectory, rng: np.random.Generator, item: int = -1) -> dict:
-        """One row's worth of tokens: the clean trajectory and `states_per_sequence` noisy states of it.
+    def states(self, trajectory: Trajectory, rng: np.random.Generator, item: int = -1, progress: float = 1.0) -> dict:
+        """One row's worth of tokens: the clean trajectory and the objective's noisy states of it.
 
-        item: its place in the dataset; -1: it is the student's own, and no label.
+        progress: share of the training that is done, 0..1, for objectives that grow harder.
         """
         prompt = np.asarray(trajectory.prompt_ids, dtype=np.int64)
         response = np.asarray(trajectory.response_ids, dtype=np.int64)
@@ -118,54 +130,58 @@ class StateDataset(Dataset):
         first = block_ids(start, self.block_size) * self.block_size  # where the first noisy block begins
         end = start + len(response)
         block = block_ids(np.arange(start, end), self.block_size)
-        rank = commit_rank(block, np.asarray(trajectory.step_map), np.asarray(trajectory.confidence))
+        step = np.asarray(trajectory.step_map)
+        rank = commit_rank(block, step, np.asarray(trajectory.confidence))
         counted = np.arange(len(response)) < trajectory.length
         supervised_too = counted | self.objective.beyond_length
 
         clean = np.concatenate([prompt, response])[: max(end - self.block_size, 0)]  # nobody sees a clean last block
         ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [np.arange(len(clean))]
         supervised = []
-        for copy in range(1, self.config.states_per_sequence + 1):
-            masked, weight = self.objective.state(block, rank, rng, self.config)
+        states = self.objective.states(Response(block, step, rank), rng, self.config, progress)
+        for copy, state in enumerate(states, start=1):
             noisy = replace_with_random(
-                response, masked, self.objective.random_ratio(self.config), self.vocabulary, self.mask_id, rng
+                response, state.masked, self.objective.random_ratio(self.config), self.vocabulary, self.mask_id, rng
             )
             base = sum(map(len, ids)) + start - first  # where this copy's first response token lies in the row
-            where = np.flatnonzero(masked & supervised_too)
-            labelled = counted[where] * float(item >= 0)
-            place = (np.full(len(where), copy), block[where])
-            supervised.append((base + where, response[where], rank[where], weight[where], labelled, *place))
+            where = np.flatnonzero(state.supervised & supervised_too)
+            supervised.append(
+                {
+                    "select": base + where,
+                    "target": response[where],
+                    "step": step[where],
+                    "rank": rank[where],
+                    "weight": state.weight[where],
+                    "part": state.part[where],
+                    "labelled": counted[where] * float(trajectory.correct is True),
+                    "supervised_copy": np.full(len(where), copy),
+                    "supervised_block": block[where],
+                }
+            )
             ids.append(np.concatenate([prompt[first:], noisy]))
             copies.append(np.full(end - first, copy))
             positions.append(np.arange(first, end))
-        columns = [np.concatenate(parts) for parts in zip(*supervised, strict=True)]
-        select, target, rank, weight, labelled, copy, block = columns
         return {
             "item": item,
             "input_ids": np.concatenate(ids),
             "copy": np.concatenate(copies),
             "position": np.concatenate(positions),
-            "select": select,
-            "target": target,
-            "rank": rank,
-            "weight": weight,
-            "labelled": labelled,
-            "supervised_copy": copy,
-            "supervised_block": block,
+            **{name: np.concatenate([columns[name] for columns in supervised]) for name in supervised[0]},
         }
 
 
 def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
-    """Put examples into rows, one each or packed up to `pack_length` tokens; the fields of a `TrainingBatch`.
+    """Put examples into rows of up to `pack_length` tokens (0: as many as the longest has): a batch's fields.
 
-    Document numbers are places in `examples`.
+    An example is never split: one that is longer has a row of its own. Document numbers are places in `examples`.
     """
     rows: list[list[int]] = []
     room: list[int] = []
     sizes = [len(example["input_ids"]) for example in examples]
+    pack_length = pack_length or max(sizes)
     for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):  # first-fit decreasing
         size = sizes[i]
-        row = next((r for r, left in enumerate(room) if size <= left), None) if pack_length else None
+        row = next((r for r, left in enumerate(room) if size <= left), None)
         if row is None:
             rows.append([])
             room.append(pack_length)
@@ -176,8 +192,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
 
     fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0}
     grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
-    names = ("select", "target", "rank", "weight", "labelled", "sequence", "block")
-    flat: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    flat: dict[str, list[np.ndarray]] = {name: [] for name in ("select", *PER_POSITION)}
     for r, row in enumerate(rows):
         at = 0
         for i in row:
@@ -187,7 +202,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
                 grid[name][r, span] = example[name]
             grid["document"][r, span] = i
             flat["select"].append(r * length + at + example["select"])
-            for name in ("target", "rank", "weight", "labelled"):
+            for name in PER_POSITION[:-2]:
                 flat[name].append(example[name])
             flat["sequence"].append(np.stack([np.full(len(example["select"]), i), example["supervised_copy"]], 1))
             flat["block"].append(np.c_[flat["sequence"][-1], example["supervised_block"]])
@@ -200,3 +215,65 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         tensors[name] = tensors[name].float()
     tensors["item"] = torch.tensor([example["item"] for example in examples])
     return tensors | {"block_size": block_size}
+
+
+def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> TrainingBatch:
+    """The batch with its noisy blocks in other versions, of which only those that something is asked of are there.
+
+    versions: input ids `(rows, length)` that differ at noisy tokens. ask: the version in which each supervised position
+    is asked for, -1 for none, `(m,)`; the result's supervised positions are those asked for, in the batch's order.
+    """
+    rows, length = batch.input_ids.shape
+    row, column = batch.select // length, batch.select % length
+    noisy_block = ((batch.document * (batch.copy.max() + 1) + batch.copy) * length + batch.layout.block).flatten()
+    copies = int(batch.copy.max())
+    width = 0
+    grid: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "document", "copy", "position")}
+    select = torch.full_like(ask, -1)
+    for number, ids in enumerate([batch.input_ids, *versions], start=-1):  # -1: the clean tokens
+        here = ask == number
+        wanted = batch.copy == CLEAN
+        if number >= 0:
+            wanted = ~wanted & torch.isin(noisy_block, noisy_block[batch.select[here]]).view(rows, length)
+        columns = torch.argsort(~wanted, dim=1, stable=True)[
+            :, : int(wanted.sum(1).max())
+        ]  # those wanted, then filling
+        filling = ~wanted.gather(1, columns)
+        grid["input_ids"].append(ids.gather(1, columns))
+        grid["document"].append(batch.document.gather(1, columns).masked_fill(filling, PADDING))
+        grid["copy"].append((batch.copy.gather(1, columns) + max(number, 0) * copies).masked_fill(filling, CLEAN))
+        grid["position"].append(batch.position.gather(1, columns))
+        if number >= 0:
+            select[here] = width + (wanted.cumsum(1) - 1)[row[here], column[here]]
+        width += columns.shape[1]
+    asked = ask >= 0
+    return replace(
+        batch,
+        **{name: torch.cat(parts, 1) for name, parts in grid.items()},
+        **{name: getattr(batch, name)[asked] for name in PER_POSITION},
+        select=row[asked] * width + select[asked],
+    )
+
+
+def when_committed(batch: TrainingBatch, which: Tensor, mask_id: int) -> TrainingBatch:
+    """The batch restated so that it asks for each of the supervised positions `which`, boolean `(m,)`, at the state in
+    which its token was committed, in the batch's order.
+
+    Version t of a noisy block shows, beside what it shows now, the tokens of the first t of the steps that occur among
+    its `which`.
+    """
+    turn = _turns(batch.block[which], batch.step[which])
+    where, target = batch.select[which], batch.target[which]
+    versions = []
+    for t in range(int(turn.max()) + 1 if len(turn) else 0):
+        ids = batch.input_ids.flatten().index_copy(0, where, torch.where(turn < t, target, mask_id))
+        versions.append(ids.view_as(batch.input_ids))
+    return restate(batch, versions, torch.full_like(batch.part, -1).masked_scatter(which, turn))
+
+
+def _turns(block: Tensor, step: Tensor) -> Tensor:
+    """Number the steps that occur in each block 0, 1, ... without gaps, `(m,)`; block, step: `(m,)`."""
+    width = int(step.max()) + 1 if len(step) else 1
+    pairs, inverse = (block * width + step).unique(return_inverse=True)
+    count = torch.bincount(pairs // width)
+    return (torch.arange(len(pairs), device=block.device) - (count.cumsum(0) - count)[pairs // width])[inverse]

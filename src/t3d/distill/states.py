@@ -4,10 +4,38 @@ A state shows the tokens of each block that were committed first and masks the r
 response tokens of one sequence, in order; `block` is each token's block id.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 RATIOS = np.array([1.0, 0.75, 0.5, 0.25])
 ORDERS = ("trajectory", "reversed", "random")
+
+
+@dataclass
+class Response:
+    """A trajectory's `n` response tokens, as an objective sees them when it draws states. All `(n,)`."""
+
+    block: np.ndarray  # block id
+    step: np.ndarray  # denoising step, in its block, at which the token was committed
+    rank: np.ndarray  # place in the order in which its block was committed
+
+
+@dataclass
+class State:
+    """One noisy state of a response. All `(n,)`; what is left out: every mask supervised, weight 1, part 0."""
+
+    masked: np.ndarray  # which tokens are hidden
+    weight: np.ndarray | None = None  # for the objective's own use
+    supervised: np.ndarray | None = None  # which of the hidden tokens the loss is taken at
+    part: np.ndarray | int = 0  # which term of the loss a token belongs to
+
+    def __post_init__(self):
+        if self.weight is None:
+            self.weight = np.ones(len(self.masked))
+        if self.supervised is None:
+            self.supervised = self.masked
+        self.part = np.broadcast_to(np.asarray(self.part), self.masked.shape)
 
 
 def commit_rank(block: np.ndarray, step: np.ndarray, confidence: np.ndarray) -> np.ndarray:
@@ -60,6 +88,17 @@ def uniform_mask(block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 def random_rank(block: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random order of the tokens inside each block, `(n,)`."""
     return commit_rank(block, np.zeros(len(block)), rng.random(len(block)))
+
+
+def step_index(block: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number the steps at which each block's tokens were committed 0, 1, ... without gaps.
+
+    Returns each token's number and its block's, both `(n,)`, and how many steps each block has, `(blocks,)`.
+    """
+    pairs, inverse = np.unique(np.stack([block, step], 1), axis=0, return_inverse=True)
+    index = _index_in_block(pairs[:, 0])[inverse.reshape(-1)]
+    _, place = np.unique(block, return_inverse=True)
+    return index, place, np.bincount(np.unique(pairs[:, 0], return_inverse=True)[1])
 
 
 def replace_with_random(

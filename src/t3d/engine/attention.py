@@ -64,6 +64,7 @@ class SDPAttention:
             held = span.sequence.pages[: -(-span.end // size)]
             owner[held] = row
             first[held] = np.arange(len(held)) * size
+            table[row] = held[0]  # absent ones have weight 0; another sequence's NaN would not be stopped by that
             table[row, : len(held)] = held
             absent[row, : len(held)] = False
             longest = max(longest, min(span.end, size))
@@ -136,7 +137,7 @@ class SDPAttention:
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention and the log of its denominator, float32: (batch, heads, queries, head_dim) and (batch, heads, queries)."""
+    """Attention (batch, heads, queries, head_dim) and the log of its denominator (batch, heads, queries), float32."""
     if q.device.type == "cpu":  # the kernel behind scaled_dot_product_attention: it reads strided keys without a copy
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).float()

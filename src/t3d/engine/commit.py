@@ -10,12 +10,15 @@ from t3d.engine.request import Sequence
 from t3d.errors import T3DError
 
 
-def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tensor, mask_id: int) -> None:
+def commit_step(
+    sequences: list[Sequence], masks: list[np.ndarray], logits: Tensor, mask_id: int
+) -> list[tuple[Sequence, T3DError]]:
     """Advance each sequence's block in flight by one step, in place.
 
     masks: per sequence, bool (block_size,), what is masked. logits: float32 (masked positions of all, vocab), in that
     order; overwritten. Only what was drawn comes to the host: token, confidence, perhaps entropy of each position.
-    Raises T3DError naming the sequence if the logits are not numbers.
+    Returns the sequences whose logits are not numbers, each with an error that names it; what was committed to those is
+    worthless, the others are not touched by it.
     """
     configs = [s.request.config for s in sequences]
     kinds = [STRATEGIES[c.strategy] for c in configs]
@@ -53,14 +56,14 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
     drawn = [tokens, confidence] if entropy is None else [tokens, confidence, entropy]
     tokens, confidence, *more = torch.stack([x.double() for x in drawn]).cpu()  # one copy: the step's only wait
     tokens, confidence = tokens.long(), confidence.float()
-    bad = confidence.isnan()
-    if bad.any():
-        first = int(bad.nonzero()[0, 0])
-        sequence = sequences[rows[first]]
-        raise T3DError(
-            f"{sequence.request}: the model's logits are not numbers (NaN or inf) at position {int(position[first])}, "
+    failures: dict[int, T3DError] = {}
+    for place in confidence.isnan().nonzero()[:, 0].tolist():
+        sequence = sequences[rows[place]]
+        error = T3DError(
+            f"{sequence.request}: the model's logits are not numbers (NaN or inf) at position {int(position[place])}, "
             f"step {sequence.step}; look at its weights, or use a wider dtype"
         )
+        failures.setdefault(int(rows[place]), error)
 
     flat = torch.from_numpy(rows * width + columns)
 
@@ -100,3 +103,4 @@ def commit_step(sequences: list[Sequence], masks: list[np.ndarray], logits: Tens
         sequence.step_map[place] = sequence.step
         sequence.confidence[place] = confidence[mine]
         sequence.step += 1
+    return [(sequences[row], error) for row, error in failures.items()]

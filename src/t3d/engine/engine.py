@@ -1,5 +1,6 @@
 """Many prompts in, trajectories out."""
 
+from collections import deque
 from collections.abc import Iterator
 
 from t3d.decoding.config import DecodingConfig
@@ -8,7 +9,7 @@ from t3d.engine.kv_cache import bytes_per_token, free_memory
 from t3d.engine.progress import Progress
 from t3d.engine.request import Request
 from t3d.engine.runner import ATTENTION, Runner
-from t3d.engine.session import EngineStats, Event, FinishedEvent, Session
+from t3d.engine.session import EngineStats, Event, FinishedEvent, Session, check_fits
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
 
@@ -21,10 +22,11 @@ class Engine:
     model: a transformers Qwen3-like model with `config.block_size` and `config.mask_token_id`; its weights are read
     anew at every call. tokenizer: needed for prompts as strings, stop strings and `Trajectory.text`.
     max_batch_size: sequences in flight. kv_cache_tokens: budget of the cache in token positions; None is what the call
-    needs at most, within half of the free memory. page_size: positions per cache page; None chooses. prefill_tokens:
-    most prompt tokens one forward carries besides the blocks being denoised. fused: write a finished block's keys and
-    values in the forward of the next block's first step (False: in one of its own, as a plain sampler does). attention:
-    "sdpa" (portable) or "flex" (FlexAttention; for GPUs).
+    needs at most, within the share `memory_share` of the memory that is free when it begins. page_size: positions per
+    cache page; None chooses. prefill_tokens: most prompt tokens one forward carries besides the blocks being denoised.
+    fused: write a finished block's keys and values in the forward of the next block's first step (False: in one of its
+    own, as a plain sampler does). attention: "sdpa" (portable) or "flex" (FlexAttention; for GPUs). cuda_graphs: replay
+    the forwards of steady decoding, with "flex" only; None: on a GPU.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Engine:
         *,
         max_batch_size: int = 64,
         kv_cache_tokens: int | None = None,
+        memory_share: float = 0.5,
         page_size: int | None = None,
         prefill_tokens: int = 1024,
         fused: bool = True,
         attention: str = "sdpa",
+        cuda_graphs: bool | None = None,
     ):
         given = {
             "max_batch_size": max_batch_size,
@@ -48,13 +52,20 @@ class Engine:
         for name, value in given.items():
             if value is not None and value < 1:
                 raise T3DError(f"engine.{name} must be at least 1, got {value}")
+        if not 0 < memory_share <= 1:
+            raise T3DError(f"engine.memory_share must lie in (0, 1], got {memory_share}")
         if attention not in ATTENTION:
             raise T3DError(f"engine.attention is one of {', '.join(ATTENTION)}, got {attention!r}")
+        if cuda_graphs and attention != "flex":
+            raise T3DError("engine.cuda_graphs needs engine.attention=flex")
         if getattr(model.config, "mask_token_id", None) is None:
             raise T3DError("the model's config has no mask_token_id; it is not a block-diffusion checkpoint")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.kv_cache_tokens, self.page_size = max_batch_size, kv_cache_tokens, page_size
+        self.memory_share = memory_share
         self.prefill_tokens, self.fused, self.attention = prefill_tokens, fused, attention
+        on_gpu = attention == "flex" and model.device.type == "cuda"
+        self.cuda_graphs = on_gpu if cuda_graphs is None else cuda_graphs
         self.runner: Runner | None = None
         self.stats = EngineStats()
 
@@ -64,16 +75,18 @@ class Engine:
         config: DecodingConfig | list[DecodingConfig] | None = None,
         *,
         seeds: list[int] | None = None,
+        names: list[str] | None = None,
         progress: bool = False,
     ) -> list[Trajectory]:
         """Decode every prompt; trajectories in the order of the prompts (`config.n` consecutive ones each).
 
         A sequence's tokens depend on its prompt, its settings, its seed and the weights only. `seeds` gives one per
-        prompt; by default they come from `config.seed` and the prompt's index. Raises T3DError for a prompt that is
+        prompt; by default they come from `config.seed` and the prompt's index. `names` are what messages call the
+        prompts; by default their indices. Raises T3DError for a prompt that is
         empty, contains the mask token, or cannot fit the model's context or the cache, and when logits are NaN.
         """
         results: dict[tuple[int, int], Trajectory] = {}
-        for event in self.stream(prompts, config, seeds=seeds, progress=progress):
+        for event in self.stream(prompts, config, seeds=seeds, names=names, progress=progress):
             if isinstance(event, FinishedEvent):
                 results[event.index, event.sample] = event.trajectory
         return [results[key] for key in sorted(results)]
@@ -84,6 +97,7 @@ class Engine:
         config: DecodingConfig | list[DecodingConfig] | None = None,
         *,
         seeds: list[int] | None = None,
+        names: list[str] | None = None,
         progress: bool = False,
     ) -> Iterator[Event]:
         """As `generate`, but yields each block as it is decided and each trajectory as it ends, in that order.
@@ -91,14 +105,17 @@ class Engine:
         The prompts are checked at the call, the work is done while iterating. What a caller has stored when it is
         interrupted is whole trajectories; the rest was never handed out.
         """
-        requests = make_requests(prompts, config, seeds, self.model, self.tokenizer)
+        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer)
         self.cache_size(requests)
         return self._run(requests, progress)
 
-    def open(self, requests: list[Request]) -> Session:
-        """A session whose cache is sized for these requests, none of which is added yet; reads the weights."""
+    def open(self, requests: list[Request] | None = None) -> Session:
+        """A session whose cache is sized for these requests, none of which is added yet; reads the weights.
+
+        Without requests, it is sized for whatever may come: a full batch as long as the model's context, within budget.
+        """
         if self.runner is None:
-            self.runner = Runner(self.model, self.attention)
+            self.runner = Runner(self.model, self.attention, self.cuda_graphs)
         else:
             self.runner.refresh()
         self.stats = EngineStats()
@@ -110,40 +127,45 @@ class Engine:
         return Session(self.runner, self.tokenizer, self.cache_size(requests), scheduling, self.stats)
 
     def _run(self, requests: list[Request], progress: bool) -> Iterator[Event]:
-        session = self.open(requests)
-        for request in requests:
-            session.add(request)
+        session, waiting = self.open(requests), deque(requests)
+        self.stats.sequences = len(requests)
         training = self.model.training
         self.model.eval()
         try:
             with Progress(self.stats, enabled=progress) as bar:
-                while not session.done:
+                while waiting or not session.done:
+                    while waiting and len(session.scheduler.waiting) < self.max_batch_size:
+                        session.add(waiting.popleft())  # not all at once: each holds arrays for its longest answer
                     events = session.step()
+                    self.stats.waiting += len(waiting)
                     bar.update()
                     yield from events
         finally:
             self.model.train(training)
 
-    def cache_size(self, requests: list[Request]) -> tuple[int, int]:
+    def close(self) -> None:
+        """Let go of what the engine holds beside the model. A `RayEngine` stops its workers."""
+        self.runner = None
+
+    def cache_size(self, requests: list[Request] | None) -> tuple[int, int]:
         """(pages, positions per page). Raises T3DError if a request can never fit.
 
         Small pages, so that memory goes where the tokens are; but one page per sequence, which is a little faster,
         where even the longest answers of all in flight would take little.
         """
-        longest = max((r.most_tokens for r in requests), default=1)
-        rows = min(self.max_batch_size, max(len(requests), 1))
+        if requests is None:
+            longest, rows = self.model.config.max_position_embeddings, self.max_batch_size
+        else:
+            longest = max((r.most_tokens for r in requests), default=1)
+            rows = min(self.max_batch_size, max(len(requests), 1))
         each = bytes_per_token(self.model)
-        budget = self.kv_cache_tokens or free_memory(self.model.device) // 2 // each
+        budget = self.kv_cache_tokens or int(free_memory(self.model.device) * self.memory_share) // each
         size = self.page_size or ATTENTION[self.attention].page_size
         if size is None and longest * rows <= min(budget, _LITTLE // each):
             size = longest
         elif size is None:  # and leaving no more of the budget unused than the longest request allows
             size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n * n >= longest), 1)
         pages = min(budget // size, -(-longest // size) * rows)
-        for request in requests:
-            if request.most_tokens > pages * size:
-                raise T3DError(
-                    f"{request} can come to {request.most_tokens} positions, but the cache holds {pages * size} "
-                    f"({pages} pages of {size}); raise engine.kv_cache_tokens or lower max_tokens"
-                )
+        for request in requests or ():
+            check_fits(request, pages, size)
         return pages, size

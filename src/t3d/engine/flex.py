@@ -4,6 +4,8 @@ The batch is one row of packed queries against the arena; a block mask names, fo
 sequences in it, so that only these are read. Compiled on a GPU; elsewhere eager, which is slow and serves the tests.
 """
 
+from functools import cache as cached
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,60 +16,83 @@ from t3d.engine.kv_cache import KVCache
 from t3d.engine.request import Span
 
 _TILE = 128  # queries per tile
-_compiled = None
 
 
-class FlexAttention:
-    """Made once per forward from its spans, called once per layer; `order` is how the spans must be packed."""
+def page_plan(cache: KVCache, spans: list[Span], tokens: int, pages: int) -> dict[str, np.ndarray]:
+    """Which pages each tile of queries reads, and what each query may see there; int64, padded to `tokens` and `pages`.
 
-    page_size = 128  # a page is a tile of keys
+    counts (tiles,), indices (tiles, pages): the pages of a tile. owner (pages,): the span that a page belongs to, -1
+    for none; first (pages,): position of its first key. span_of (tokens,): the span of each query, -2 for padding,
+    which sees nothing; limit (tokens,): how many positions it sees.
+    """
+    size, tiles = cache.page_size, -(-tokens // _TILE)
+    plan = {
+        "counts": np.zeros(tiles, dtype=np.int64),
+        "indices": np.zeros((tiles, pages), dtype=np.int64),
+        "owner": np.full(pages, -1, dtype=np.int64),
+        "first": np.zeros(pages, dtype=np.int64),
+        "span_of": np.full(tokens, -2, dtype=np.int64),
+        "limit": np.zeros(tokens, dtype=np.int64),
+    }
+    reads: list[list[int]] = [[] for _ in range(tiles)]
+    token = 0
+    for number, span in enumerate(spans):
+        held = span.sequence.pages[: -(-span.end // size)]
+        plan["owner"][held] = number
+        plan["first"][held] = np.arange(len(held)) * size
+        mine = slice(token, token + span.length)
+        plan["span_of"][mine], plan["limit"][mine] = number, limits(span)
+        for tile in range(token // _TILE, (mine.stop - 1) // _TILE + 1):
+            reads[tile] += held
+        token = mine.stop
+    for tile, held in enumerate(reads):
+        plan["indices"][tile, : len(held)] = sorted(held)
+        plan["counts"][tile] = len(held)
+    return plan
 
-    def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
-        self.cache, self.order, self.grouped = cache, spans, groups > 1
-        device, size = cache.data.device, cache.page_size
-        tokens, pages = sum(s.length for s in spans), cache.used_pages
-        tiles = -(-tokens // _TILE)
-        owner = np.full(pages, -1, dtype=np.int64)  # page -> span
-        first = np.zeros(pages, dtype=np.int64)  # page -> position of its first key
-        reads: list[list[int]] = [[] for _ in range(tiles)]  # tile -> pages
-        token = 0
-        for number, span in enumerate(spans):
-            held = span.sequence.pages[: -(-span.end // size)]
-            owner[held] = number
-            first[held] = np.arange(len(held)) * size
-            for tile in range(token // _TILE, (token + span.length - 1) // _TILE + 1):
-                reads[tile] += held
-            token += span.length
-        indices = np.zeros((tiles, pages), dtype=np.int32)
-        for tile, held in enumerate(reads):
-            indices[tile, : len(held)] = sorted(held)
-        counts = np.array([len(held) for held in reads], dtype=np.int32)
-        span_of = to_device(np.repeat(np.arange(len(spans)), [s.length for s in spans]), device)
-        limit = to_device(np.concatenate([limits(s) for s in spans]), device)
-        owner, first = to_device(owner, device), to_device(first, device)
+
+class PagedFlex:
+    """FlexAttention by a plan on the device, `{name: tensor}` of `page_plan`. Called once per layer."""
+
+    def __init__(self, cache: KVCache, plan: dict[str, Tensor], groups: int, steady: bool = False):
+        self.cache, self.grouped, self.steady = cache, groups > 1, steady
+        size, owner, first = cache.page_size, plan["owner"], plan["first"]
+        span_of, limit = plan["span_of"], plan["limit"]
+        self.keys = len(owner) * size
 
         def sees(row, head, q, k):
             page = k // size
             return (owner[page] == span_of[q]) & (first[page] + k % size < limit[q])
 
-        self.keys = pages * size
         self.mask = BlockMask.from_kv_blocks(
-            to_device(counts, device)[None, None],
-            to_device(indices, device)[None, None],
+            plan["counts"].to(torch.int32)[None, None],
+            plan["indices"].to(torch.int32)[None, None],
             BLOCK_SIZE=(_TILE, size),
             mask_mod=sees,
-            seq_lengths=(tokens, self.keys),
+            seq_lengths=(len(limit), self.keys),
+            compute_q_blocks=False,  # only a backward pass needs them
         )
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
-        """q: (tokens, heads, head_dim), packed in `order`; returns the same shape. The keys are in the cache."""
+        """q: (tokens, heads, head_dim), packed in order of the spans; the same shape. The keys are in the cache."""
         kv = self.cache.data[layer][: self.keys].permute(1, 2, 0, 3)[:, None]  # (2, 1, kv_heads, keys, head_dim)
-        attend = _compile() if q.is_cuda else flex_attention
+        attend = _compiled(self.steady) if q.is_cuda else flex_attention
         out = attend(q.transpose(0, 1)[None], kv[0], kv[1], block_mask=self.mask, enable_gqa=self.grouped)
         return out[0].transpose(0, 1)
 
 
-def _compile():
-    global _compiled
-    _compiled = _compiled or torch.compile(flex_attention)
-    return _compiled
+class FlexAttention(PagedFlex):
+    """Made once per forward from its spans; `order` is how the spans must be packed."""
+
+    page_size = 128  # a page is a tile of keys
+
+    def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
+        self.order = spans
+        plan = page_plan(cache, spans, sum(s.length for s in spans), cache.used_pages)
+        super().__init__(cache, {name: to_device(array, cache.data.device) for name, array in plan.items()}, groups)
+
+
+@cached
+def _compiled(steady: bool):
+    """The kernel for few shapes that come again and again, each compiled for itself, or for any shape."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=not steady)

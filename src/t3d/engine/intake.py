@@ -9,7 +9,7 @@ from t3d.errors import T3DError
 from t3d.models import stop_ids
 
 
-def make_requests(prompts, configs, seeds, model, tokenizer) -> list[Request]:
+def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Request]:
     """One request per prompt and sample, in order. See `Engine.generate` for what the arguments may be."""
     if isinstance(prompts, str):
         raise T3DError("prompts is one string; give a list of prompts")
@@ -19,6 +19,8 @@ def make_requests(prompts, configs, seeds, model, tokenizer) -> list[Request]:
         raise T3DError(f"{len(prompts)} prompts but {len(configs)} decoding configs; give one, or one per prompt")
     if seeds is not None and len(seeds) != len(prompts):
         raise T3DError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one per prompt")
+    if names is not None and len(names) != len(prompts):
+        raise T3DError(f"{len(prompts)} prompts but {len(names)} names; give one per prompt")
     resolved: dict[DecodingConfig, DecodingConfig] = {}
     requests = []
     for index, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
@@ -31,7 +33,7 @@ def make_requests(prompts, configs, seeds, model, tokenizer) -> list[Request]:
                 seed = derive_seed(settings.seed, index, sample)
             else:
                 seed = seeds[index] if sample == 0 else derive_seed(seeds[index], sample)
-            requests.append(Request(index, sample, ids, settings, seed))
+            requests.append(Request(index, sample, ids, settings, seed, None if names is None else names[index]))
         _check(requests[-1], model.config)
     return requests
 
@@ -61,7 +63,7 @@ def _encode(prompt, index: int, tokenizer) -> list[int]:
 
 
 def _check(request: Request, config) -> None:
-    ids, name = request.prompt_ids, f"prompt {request.index}"
+    ids, name = request.prompt_ids, request.prompt
     mask_id, vocab, limit = config.mask_token_id, config.vocab_size, config.max_position_embeddings
     if not ids:
         raise T3DError(f"{name} is empty; give at least one token")

@@ -1,7 +1,8 @@
 """Keys and values of everything in flight, in pages.
 
-One arena per layer, `(num_pages * page_size, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy, and
-a page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front.
+One arena per layer, `(num_pages * page_size + 1, 2, kv_heads, head_dim)`: token-major, so that writing is one row copy,
+and a page is a batch row of a strided view, so that reading copies nothing. Pages in use are kept dense at the front;
+the last row takes what padding writes and is never read.
 """
 
 import heapq
@@ -22,7 +23,8 @@ class KVCache:
     def __init__(self, num_pages, page_size, layers, kv_heads, head_dim, dtype: torch.dtype, device: torch.device):
         self.page_size = page_size
         self.num_pages = num_pages
-        shape = (layers, num_pages * page_size, 2, kv_heads, head_dim)
+        self.scratch = num_pages * page_size  # the row for padding
+        shape = (layers, self.scratch + 1, 2, kv_heads, head_dim)
         if device.type == "cpu":
             # numpy's zeros are untouched memory until written: what is resident grows with the tokens in flight.
             # Zeros, not garbage: attention multiplies masked positions by zero, and zero times NaN is NaN.
@@ -59,9 +61,12 @@ class KVCache:
         return True
 
     def release(self, sequence: Sequence) -> None:
+        """Take its pages back. One that has not ended may hold NaN, which no mask hides from the next owner."""
         for page in sequence.pages:
             del self._owner[page]
             heapq.heappush(self._free, page)
+            if not sequence.ended:
+                self._clear(page)
         sequence.pages = []
         sequence.cached = 0
 
@@ -74,10 +79,14 @@ class KVCache:
         while self._free and self._free[0] < self.used_pages:
             hole, last = heapq.heappop(self._free), max(self._owner)
             self.data[:, hole * size : (hole + 1) * size] = self.data[:, last * size : (last + 1) * size]
+            self._clear(last)
             owner = self._owner.pop(last)
             owner.pages[owner.pages.index(last)] = hole
             self._owner[hole] = owner
             heapq.heappush(self._free, last)
+
+    def _clear(self, page: int) -> None:
+        self.data[:, page * self.page_size : (page + 1) * self.page_size] = 0
 
     def slots(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
         """Rows of the arena that hold positions `start .. end`, int64."""

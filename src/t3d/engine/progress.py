@@ -23,14 +23,8 @@ class Progress:
 
     def update(self) -> None:
         if self.enabled:
-            self.bar.update(self.task, completed=self.stats.finished, state=self.line())
-
-    def line(self) -> str:
-        s = self.stats
-        rate = s.tokens / max(time.perf_counter() - self.start, 1e-9)
-        per_forward = s.tokens / max(s.sequence_forwards, 1)
-        use = s.kv_tokens / max(s.kv_budget_tokens, 1)
-        return f"{rate:,.0f} tok/s  TPF {per_forward:.2f}  running {s.running}  waiting {s.waiting}  KV {use:.0%}"
+            state = self.stats.line(time.perf_counter() - self.start)
+            self.bar.update(self.task, completed=self.stats.finished, state=state)
 
     def __exit__(self, *error) -> None:
         if self.enabled:

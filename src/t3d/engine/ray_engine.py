@@ -20,6 +20,22 @@ _TURN = 0.5  # seconds a worker decodes before it reports
 _RESTARTS = 5  # deaths in a row without a finished sequence between them, after which we give up
 
 
+def make_engine(model, tokenizer=None, *, workers: int = 0, address: str | None = None, **options):
+    """An `Engine` in this process or, with `workers`, a `RayEngine`; other arguments are `Engine`'s."""
+    if not workers:
+        return Engine(model, tokenizer, **options)
+    return RayEngine(model, tokenizer, workers=workers, address=address, **options)
+
+
+def find_ray():
+    """The module. Raises T3DError if Ray is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise T3DError("engine.workers needs Ray; install it with: pip install 't3d[ray]'") from error
+    return ray
+
+
 class _Worker:
     """What runs in an actor: an engine and its open session."""
 
@@ -57,10 +73,7 @@ class RayEngine:
     def __init__(self, model, tokenizer=None, *, workers: int = 2, address: str | None = None, **options):
         if workers < 1:
             raise T3DError(f"engine.workers must be at least 1, got {workers}")
-        try:
-            import ray
-        except ImportError as error:
-            raise T3DError("engine.workers needs Ray; install it with: pip install 't3d[ray]'") from error
+        ray = find_ray()
         self.ray, self.workers, self.options = ray, workers, options
         self.local = Engine(model, tokenizer, **options)  # checks the options and the requests
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, self.local.max_batch_size
@@ -99,10 +112,11 @@ class RayEngine:
         config: DecodingConfig | list[DecodingConfig] | None = None,
         *,
         seeds: list[int] | None = None,
+        names: list[str] | None = None,
         progress: bool = False,
     ) -> Iterator[FinishedEvent]:
         """As `Engine.stream`, without the blocks: a sequence may be decoded again when its worker dies."""
-        requests = make_requests(prompts, config, seeds, self.model, self.tokenizer)
+        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer)
         self.local.cache_size(requests)
         return self._run(requests, progress)
 

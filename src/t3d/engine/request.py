@@ -17,6 +17,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     config: DecodingConfig
     seed: int
+    name: str | None = None  # of the prompt, for messages; default: its index
 
     @property
     def prompt_blocks_end(self) -> int:
@@ -30,7 +31,12 @@ class Request:
         return -(-(len(self.prompt_ids) + self.config.max_tokens) // block) * block
 
     def __str__(self) -> str:
-        return f"prompt {self.index}" + (f" sample {self.sample}" if self.config.n > 1 else "")
+        return self.prompt + (f" sample {self.sample}" if self.config.n > 1 else "")
+
+    @property
+    def prompt(self) -> str:
+        """What messages call it."""
+        return f"prompt {self.index if self.name is None else repr(self.name)}"
 
 
 @dataclass
@@ -56,12 +62,14 @@ class Sequence:
 
     request: Request
     mask_id: int
+    watched: bool = False  # every denoising step is told, not only whole blocks
     tokens: np.ndarray = field(init=False)  # int64 (most_tokens,): prompt, finished blocks, block in flight, masks
     step_map: np.ndarray = field(init=False)  # int64 (most_tokens,)
     confidence: np.ndarray = field(init=False)  # float32 (most_tokens,)
     base: int = field(init=False)
     cached: int = 0  # positions whose keys and values in the cache are final
     step: int = 0  # of the block in flight
+    ended: bool = False
     pages: list[int] = field(default_factory=list)
     prefill: int = 0
     denoise: int = 0
@@ -104,7 +112,8 @@ class Sequence:
         stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
         lengths = [stops[0] + 1] if stops else []
         for string in self.request.config.stop:
-            if string in tokenizer.decode(new[:most]):
+            near = max(0, first - prompt - 4 * len(string))  # a token has a byte at least, a character four at most
+            if string in tokenizer.decode(new[near:most]) and string in tokenizer.decode(new[:most]):
                 # nothing before this block held it, so it ends inside this block
                 ends = range(first - prompt + 1, min(len(new), most) + 1)
                 lengths += [next((n for n in ends if string in tokenizer.decode(new[:n])), ends[-1])]

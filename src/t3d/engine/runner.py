@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from t3d.engine.attention import SDPAttention, to_device
 from t3d.engine.flex import FlexAttention
+from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Span
 
@@ -36,8 +37,8 @@ class _Layer:
 class Runner:
     """Reads the model's weights at `refresh()`, so that a student trained in place is decoded as it is now."""
 
-    def __init__(self, model: nn.Module, attention: str = "sdpa"):
-        self.model = model
+    def __init__(self, model: nn.Module, attention: str = "sdpa", graphs: bool = False):
+        self.model, self.graphs = model, graphs
         self.attention = ATTENTION[attention]
         self.heads = model.config.num_attention_heads
         _, self.kv_heads, self.head_dim = cache_shape(model.config)
@@ -66,7 +67,7 @@ class Runner:
                     mlp=self._mlp(layer.mlp),
                 )
             )
-        self._rope = None
+        self._rope, self._steps = None, None
 
     def _join(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
         """Linear layers of one input as a single product; what is not plainly linear (an adapter) is called as it is.
@@ -106,8 +107,9 @@ class Runner:
 
         `wanted` gives positions of the span's sequence; the logits come in the order of `spans`.
         """
-        attention = self.attention(cache, spans, self.groups, self.dtype)
-        order = attention.order
+        steady = self.graphs and is_steady(spans)
+        attention = None if steady else self.attention(cache, spans, self.groups, self.dtype)
+        order = spans if steady else attention.order
         offset, token = {}, 0
         for span in order:
             offset[id(span)] = token - span.start
@@ -117,8 +119,17 @@ class Runner:
         np.concatenate([np.arange(s.start, s.end) for s in order], out=packed[1])
         np.concatenate([cache.slots(s.sequence, s.start, s.end) for s in order], out=packed[2])
         select = np.concatenate([wanted(s) + offset[id(s)] for s in spans])
-        ids, positions, slots = to_device(packed, self.device)
-        hidden = self._layers(cache, attention, ids, positions, slots, to_device(select, self.device))
+        if steady:
+            if self._steps is None or self._steps.cache is not cache:
+                self._steps = StepGraphs(self, cache)
+            return self._steps(spans, packed, select)
+        return self.compute(cache, attention, *to_device(packed, self.device), to_device(select, self.device))
+
+    def compute(
+        self, cache: KVCache, attention, ids: Tensor, positions: Tensor, slots: Tensor, select: Tensor
+    ) -> Tensor:
+        """Logits, float32 (len(select), vocab), of packed tokens; all arguments int64 on the device."""
+        hidden = self._layers(cache, attention, ids, positions, slots, select)
         return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.model.model.norm.weight, self.eps)).float()
 
     def _layers(self, cache, attention, ids, positions, slots, select) -> Tensor:

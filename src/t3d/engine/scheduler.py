@@ -26,9 +26,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended, or is no longer wanted: its pages are free at once."""
         self.cache.release(sequence)
-        self.running.remove(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
 
     def plan(self) -> list[Span]:
         """The spans of the next forward; empty only when nothing is left to do."""

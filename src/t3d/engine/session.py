@@ -10,6 +10,7 @@ from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Request, Sequence, Span
 from t3d.engine.runner import Runner
 from t3d.engine.scheduler import Scheduler
+from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -34,7 +35,28 @@ class FinishedEvent:
     trajectory: Trajectory
 
 
-Event = BlockEvent | FinishedEvent
+@dataclass(frozen=True)
+class StepEvent:
+    """One denoising step of a watched sequence: what was committed where. Places count from the response's start."""
+
+    index: int
+    sample: int
+    step: int
+    places: list[int]
+    token_ids: list[int]
+    confidence: list[float]
+
+
+@dataclass(frozen=True)
+class FailedEvent:
+    """A sequence cannot go on: the model's logits are not numbers."""
+
+    index: int
+    sample: int
+    error: T3DError
+
+
+Event = StepEvent | BlockEvent | FinishedEvent | FailedEvent
 
 
 @dataclass
@@ -43,6 +65,8 @@ class EngineStats:
 
     sequences: int = 0
     finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
     tokens: int = 0  # of finished sequences
     forwards: int = 0  # of the model, whatever the batch
     sequence_forwards: int = 0  # summed over the finished sequences: their NFE
@@ -53,8 +77,16 @@ class EngineStats:
     kv_peak_tokens: int = 0
     kv_budget_tokens: int = 0
 
+    def line(self, seconds: float) -> str:
+        """For a progress bar: tokens/s, tokens per forward, who runs and who waits, and how full the cache is."""
+        rate, per_forward = self.tokens / max(seconds, 1e-9), self.tokens / max(self.sequence_forwards, 1)
+        use = self.kv_tokens / max(self.kv_budget_tokens, 1)
+        running = f"running {self.running}  waiting {self.waiting}"
+        return f"{rate:,.0f} tok/s  TPF {per_forward:.2f}  {running}  KV {use:.0%}"
+
     def count(self, events: list[Event]) -> None:
         for event in events:
+            self.failed += isinstance(event, FailedEvent)
             if isinstance(event, FinishedEvent):
                 self.finished += 1
                 self.tokens += event.trajectory.length
@@ -62,7 +94,10 @@ class EngineStats:
 
 
 class Session:
-    """A cache of `pages` pages and a scheduler over one model. `add` requests, then `step` until `done`."""
+    """A cache of `pages` pages and a scheduler over one model. `add` requests, then `step` until `done`.
+
+    Requests may be added and cancelled between steps, by the thread that steps.
+    """
 
     def __init__(self, runner: Runner, tokenizer, size: tuple[int, int], scheduling: dict, stats: EngineStats):
         self.runner, self.tokenizer, self.stats = runner, tokenizer, stats
@@ -72,17 +107,30 @@ class Session:
         self.cache = KVCache(pages, page_size, *cache_shape(runner.model.config), runner.dtype, runner.device)
         self.scheduler = Scheduler(self.cache, **scheduling)
 
-    def add(self, request: Request) -> None:
-        self.scheduler.add(Sequence(request, self.mask_id))
-        self.stats.sequences += 1
+    def add(self, request: Request, watch: bool = False) -> None:
+        """`watch`: every denoising step gives a StepEvent. Raises T3DError if the cache can never hold the request."""
+        check_fits(request, self.cache.num_pages, self.cache.page_size)
+        self.scheduler.add(Sequence(request, self.mask_id, watch))
+
+    def cancel(self, index: int) -> None:
+        """Drop all samples of the request, running or waiting; their pages are free at once and no event follows."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.request.index == index:
+                self.scheduler.remove(sequence)
+                self.stats.cancelled += 1
+        self._gauge()
 
     @property
     def done(self) -> bool:
         return not (self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
-    def step(self) -> list[Event]:
-        """One forward of the model, and what follows from it."""
+    def step(self, isolate: bool = False) -> list[Event]:
+        """One forward of the model, and what follows from it.
+
+        Where a sequence's logits are not numbers, raises T3DError; with `isolate` the sequence is dropped with a
+        FailedEvent instead, and the others go on.
+        """
         spans = self.scheduler.plan()
         denoising = [s.sequence for s in spans if s.denoise]
         masks = {id(s): s.masked() for s in denoising}
@@ -94,14 +142,25 @@ class Session:
         logits = self.runner.forward(self.cache, spans, wanted)
         for span in spans:
             span.sequence.advance(span)
-        if denoising:
-            commit_step(denoising, list(masks.values()), logits, self.mask_id)
-        events: list[Event] = []
+        failures = commit_step(denoising, list(masks.values()), logits, self.mask_id) if denoising else []
+        if failures and not isolate:
+            raise failures[0][1]
+        events: list[Event] = [self._fail(sequence, error) for sequence, error in failures]
+        failed = {id(sequence) for sequence, _ in failures}
         for sequence in denoising:
-            if not sequence.masked().any():
+            if id(sequence) in failed:
+                continue
+            now = sequence.masked()
+            if sequence.watched:
+                events.append(_step_event(sequence, masks[id(sequence)] & ~now))
+            if not now.any():
                 events += self._end_block(sequence)
         self._count(events)
         return events
+
+    def _fail(self, sequence: Sequence, error: T3DError) -> FailedEvent:
+        self.scheduler.remove(sequence)
+        return FailedEvent(sequence.request.index, sequence.request.sample, error)
 
     def _end_block(self, sequence: Sequence) -> list[Event]:
         request, prompt = sequence.request, len(sequence.request.prompt_ids)
@@ -112,7 +171,8 @@ class Session:
         end = sequence.end(first, self.tokenizer)
         if end is None:
             return [block]
-        self.scheduler.finish(sequence)
+        sequence.ended = True
+        self.scheduler.remove(sequence)
         length, reason = end
         text = None
         if self.tokenizer is not None:
@@ -120,10 +180,35 @@ class Session:
         return [block, FinishedEvent(request.index, request.sample, sequence.trajectory(length, reason, text))]
 
     def _count(self, events: list[Event]) -> None:
+        self.stats.count(events)
+        self.stats.forwards += 1
+        self._gauge()
+
+    def _gauge(self) -> None:
         stats, cache = self.stats, self.cache
-        stats.count(events)
-        stats.forwards += 1
         stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         stats.preemptions = self.scheduler.preemptions
         stats.kv_tokens = cache.used_pages * cache.page_size
         stats.kv_peak_tokens = cache.peak * cache.page_size
+
+
+def _step_event(sequence: Sequence, committed: np.ndarray) -> StepEvent:
+    """committed: bool (block_size,), what the step that was just made has committed of the block in flight."""
+    at = sequence.base + committed.nonzero()[0]
+    return StepEvent(
+        sequence.request.index,
+        sequence.request.sample,
+        sequence.step - 1,
+        (at - len(sequence.request.prompt_ids)).tolist(),
+        sequence.tokens[at].tolist(),
+        sequence.confidence[at].tolist(),
+    )
+
+
+def check_fits(request: Request, pages: int, page_size: int) -> None:
+    """Raises T3DError if a cache of this size can never hold the request."""
+    if request.most_tokens > pages * page_size:
+        raise T3DError(
+            f"{request} can come to {request.most_tokens} positions, but the cache holds {pages * page_size} "
+            f"({pages} pages of {page_size}); raise engine.kv_cache_tokens or lower max_tokens"
+        )

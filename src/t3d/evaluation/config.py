@@ -1,8 +1,9 @@
 """The `eval` section of a recipe: the grid of decode settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
+from t3d.decoding.calibration import load_decoding
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.strategies import STRATEGIES
 from t3d.errors import T3DError, nearest
@@ -25,6 +26,7 @@ class EvalConfig:
     entropy_bound: tuple[float, ...] = _help("bounds in nats, for entropy-bounded strategies", default=(0.35,))
     factor: tuple[float, ...] = _help("bounds of Fast-dLLM's rule, for factor", default=(1.0,))
     risk: tuple[float, ...] = _help("wrong tokens a step may expect, for adaptive", default=(0.1,))
+    decoding: tuple[str, ...] = _help("files of `t3d calibrate`: their settings beside the grid", default=())
     block_size: int | None = _help("tokens per block; default: the model's own", default=None)
     temperature: tuple[float, ...] = _help("0 is greedy", default=(0.0,))
     top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
@@ -42,7 +44,7 @@ class EvalConfig:
 
     def __post_init__(self):
         lists = ("steps", "strategy", "temperature", *KNOBS)
-        for name in (*lists, "seeds", "checkpoints"):
+        for name in (*lists, "decoding", "seeds", "checkpoints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome
         for name in self.strategy:
             if name not in STRATEGIES:
@@ -63,6 +65,7 @@ class EvalConfig:
         too where its floor is the schedule).
         """
         grid = []
+        sampling = {"top_k": self.top_k, "top_p": self.top_p, "max_tokens": self.max_tokens, "n": self.samples}
         for name, temperature, base in product(self.strategy, self.temperature, self.seeds or [seed]):
             knob = STRATEGIES[name].knob
             floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
@@ -77,11 +80,10 @@ class EvalConfig:
                         strategy=name,
                         floor=floor,
                         temperature=temperature,
-                        top_k=self.top_k,
-                        top_p=self.top_p,
-                        max_tokens=self.max_tokens,
-                        n=self.samples,
                         seed=base,
+                        **sampling,
                     )
                 )
+        for path, temperature, base in product(self.decoding, self.temperature, self.seeds or [seed]):
+            grid.append(replace(load_decoding(path), temperature=temperature, seed=base, **sampling))
         return list(dict.fromkeys(grid))

@@ -26,7 +26,9 @@ from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
 from t3d.trajectories.pieces import PIECES, Pieces
 
-JUDGED_TOGETHER = 64  # responses; what a kill loses at most beside those in flight
+JUDGED_TOGETHER = 64  # responses
+SAVE_SECONDS = 10.0  # a finished response waits no longer for its verdict and the disk; a kill loses that, and what is
+# in flight
 
 
 def evaluate(
@@ -104,7 +106,7 @@ def evaluate(
 def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> None:
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
-    with TrajectoryWriter(folder, metadata | {"decoding": settings}) as writer:
+    with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
         done = writer.done()
         todo = [(p, sample) for p in problems for sample in range(config.n) if (p.id, sample) not in done]
         title = f"{metadata['model']}, {folder.name}"
@@ -132,23 +134,28 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
                         extra=extra,
                     )
                 )
+            if len(batch) < JUDGED_TOGETHER:  # it was time
+                writer.flush()
             bar.advance(line, len(batch))
 
 
 def _timed(events: Iterable) -> Iterator[list[tuple[FinishedEvent, float]]]:
-    """Finished responses, `JUDGED_TOGETHER` at a time, each with the seconds of decoding since the one before.
+    """Finished responses, each with the seconds of decoding since the one before: `JUDGED_TOGETHER` at a time, or those
+    (perhaps none) of the last `SAVE_SECONDS`.
 
     Kept with the responses, time is right whatever a kill takes away: it takes the time of what it takes.
     """
     batch, start = [], time.perf_counter()
+    handed = start
     for event in events:
+        now = time.perf_counter()
         if isinstance(event, FinishedEvent):
-            now = time.perf_counter()
             batch.append((event, now - start))
-            if len(batch) == JUDGED_TOGETHER:
-                yield batch
-                batch, now = [], time.perf_counter()
             start = now
+        if len(batch) == JUDGED_TOGETHER or now - handed >= SAVE_SECONDS:
+            yield batch
+            batch, handed = [], time.perf_counter()
+            start += handed - now  # judging is not decoding
     if batch:
         yield batch
 

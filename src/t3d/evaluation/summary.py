@@ -1,11 +1,10 @@
 """RUN/summary.json: the rows of a run and what they were made with."""
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from t3d.disk import write_whole
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import aup
 from t3d.evaluation.rows import EvalRow
@@ -76,19 +75,3 @@ def aup_by_curve(curves: dict[str, list[tuple[float, float]]]) -> dict[str, floa
     """AUP of each curve of (TPF, accuracy in percent), all against the best accuracy among them."""
     best = max((y for points in curves.values() for _, y in points), default=0.0)
     return {name: aup(points, best) for name, points in curves.items()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it; T3DError if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise T3DError(f"cannot write {path}: {error.strerror}") from error

@@ -15,7 +15,7 @@ from t3d.config import Recipe
 from t3d.errors import T3DError
 from t3d.evaluation.summary import write_whole
 from t3d.log import log, to_file
-from t3d.pipeline.settings import settings
+from t3d.pipeline.settings import GROWING, settings
 from t3d.pipeline.versions import versions
 
 STAGES = ("rollout", "train", "eval", "report")
@@ -26,6 +26,7 @@ OUTPUTS = {
     "eval": ("summary.json", "eval"),
     "report": ("report.html", "report-accuracy.svg", "report-accuracy.png"),
 }
+ROUNDS = {"train": ("rollout-*",)}  # what it may leave besides: the rollouts of later rounds
 SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
 
@@ -100,30 +101,49 @@ class RunFolder:
         """Raises T3DError if the stage was begun with settings that differ from the recipe's in what matters to it."""
         record = self.record(stage)
         if record is None:
+            if stage == "eval" and any(self.path.glob("eval/[!.]*")):
+                raise T3DError(
+                    f"{self.path / 'eval'} holds something, but no stage.json that says what it is; move it away, or "
+                    "add --force to remove it"
+                )
             return
-        old, new = record["settings"], settings(recipe, stage)
-        for key in sorted(old.keys() | new.keys()):
+        old = record["settings"]
+        new = settings(recipe, stage, student="train.objective" in old)
+        for key in sorted((old.keys() | new.keys()) - GROWING):
             if old.get(key) != new.get(key):
                 raise T3DError(
                     f"{self.path}: the {stage} stage was run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
                     "add --force to do it again, or choose another run_dir"
                 )
 
+    def changed(self, stage: str, recipe: Recipe) -> bool:
+        """Whether a stage that passed `check` was begun with a smaller or larger grid, or without the student."""
+        record = self.record(stage)
+        return record is not None and record["settings"] != self._settings(stage, recipe)
+
+    def _settings(self, stage: str, recipe: Recipe) -> dict:
+        return settings(recipe, stage, student=self.complete("train"))
+
     def clear(self, stages: tuple[str, ...]) -> None:
         """Remove the output of `stages`, the last first; what is only half removed no longer has its name."""
         with writing(self.path):
-            for name in (name for stage in reversed(stages) for name in OUTPUTS[stage]):
-                if (self / name).exists():
-                    trash = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.path))
-                    (self / name).rename(trash / name)
-                    shutil.rmtree(trash, ignore_errors=True)
+            found = [
+                name
+                for stage in reversed(stages)
+                for pattern in (*ROUNDS.get(stage, ()), *OUTPUTS[stage])
+                for name in sorted(path.name for path in self.path.glob(pattern))
+            ]
+            for name in found:
+                trash = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.path))
+                (self / name).rename(trash / name)
+                shutil.rmtree(trash, ignore_errors=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, recipe: Recipe):
         """Inside, the stage is recorded as begun, and its time, added to that of earlier attempts, is kept on disk."""
         before = (self.record(name) or {"seconds": 0.0})["seconds"]
         start, over, lock = time.monotonic(), threading.Event(), threading.Lock()
-        wanted = settings(recipe, name)
+        wanted = self._settings(name, recipe)
 
         def save(complete: bool = False) -> None:
             with lock:

@@ -7,8 +7,10 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from t3d.config import Recipe
 from t3d.embedded import checkpoint
+from t3d.engine import Engine
+from t3d.engine.ray_engine import find_ray
 from t3d.errors import T3DError
-from t3d.models import SDARConfig, SDARForCausalLM, load_model, load_tokenizer
+from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.tasks import Problem, Task, get_task
 
 
@@ -23,17 +25,16 @@ class Inputs:
         """(model, tokenizer)"""
         return self.load()
 
-    def load(self, dtype: str | None = None):
-        """(model, tokenizer) of the `model` section; `dtype` overrides the section's."""
+    def load(self, dtype: str | None = None, device: str | None = None, quantisation=None):
+        """(model, tokenizer) of the `model` section; `dtype` and `device` override the section's."""
         wanted = self.recipe.model
+        dtype, device = dtype or wanted.dtype, device or wanted.device
         if wanted.architecture is not None:
-            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype or wanted.dtype, wanted.device)
+            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype, device)
         path = checkpoint(wanted.path)
-        model, tokenizer = load_model(path, dtype=dtype or wanted.dtype, device=wanted.device)
+        model, tokenizer = load_model(path, dtype=dtype, device=device, quantisation=quantisation)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
-        if wanted.block_size is not None:
-            model.config.block_size = wanted.block_size
         return model, tokenizer
 
     @cached_property
@@ -69,6 +70,17 @@ class Inputs:
         vars(self).pop("teacher", None)
 
 
+def check_prompts(recipe: Recipe, model, tokenizer, prompts: list, names: list[str], settings: list) -> None:
+    """Raises T3DError if the engine that the recipe asks for cannot decode these prompts at these settings."""
+    options = dict(vars(recipe.engine))
+    if options.pop("workers"):
+        find_ray()
+    options.pop("address")
+    engine = Engine(model, tokenizer, **options)
+    for config in settings:
+        engine.stream(prompts, config, names=names)  # checks now; decodes when iterated
+
+
 def _some(problems: list[Problem], what: str) -> list[Problem]:
     if not problems:
         raise T3DError(f"task: there are no {what} problems")
@@ -78,9 +90,10 @@ def _some(problems: list[Problem], what: str) -> list[Problem]:
 
 
 def new_model(architecture: dict, tokenizer_path: str | None, seed: int, dtype: str | None, device: str | None):
-    """An SDAR model with random weights drawn from `seed`, and its tokenizer; `(model, tokenizer)`.
+    """A model with random weights drawn from `seed`, and its tokenizer; `(model, tokenizer)`.
 
-    What the architecture leaves out about tokens (vocabulary size, mask, stop and padding ids) the tokenizer gives.
+    The architecture may name its family as `model_type`. What it leaves out about tokens (vocabulary size, mask, stop
+    and padding ids) the tokenizer gives.
     """
     if tokenizer_path is None:
         from t3d.tasks.word_problems import build_tokenizer
@@ -98,11 +111,14 @@ def new_model(architecture: dict, tokenizer_path: str | None, seed: int, dtype: 
         "bos_token_id": tokenizer.bos_token_id,
     }
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if architecture.get("model_type", "sdar") not in FAMILIES:
+        raise T3DError(f"model.architecture: model_type is one of {', '.join(FAMILIES)}")
     try:
-        config = SDARConfig(**ids | architecture)
+        family = FAMILIES[architecture.get("model_type", "sdar")]
+        config = family.config_class(**ids | {k: v for k, v in architecture.items() if k != "model_type"})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = SDARForCausalLM(config)
+            model = family(config)
     except Exception as error:  # transformers checks the values in many ways
         raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
     if config.mask_token_id is None:

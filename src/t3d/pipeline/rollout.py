@@ -1,20 +1,27 @@
 """Stage 1: the teacher answers the training prompts; tokens and step maps go to the store."""
 
 import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from t3d.config import Recipe
-from t3d.engine import Engine, FinishedEvent
+from t3d.engine import FinishedEvent, make_engine
+from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
-from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
 from t3d.tasks import Problem
-from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+JUDGED_TOGETHER = 64  # answers verified at a time, at most
+GROUP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Job:
     seed: int
 
 
-def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
+def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
     """A sequence's own seed, `0 .. 2**63 - 1`: of what it is, not of where in a batch or a run it happens to be."""
     digest = hashlib.sha256(f"{base}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -35,72 +42,116 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
 
 def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
-    decoding = recipe.rollout.decoding(recipe.seed)
-    make_engine(recipe, inputs).stream(inputs.train_prompts, decoding)  # checks; decodes when iterated
+    if recipe.rollout.source is not None:
+        adopted(recipe, inputs)
+        return
+    names = [problem.id for problem in inputs.train_problems]
+    check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
-    """Every response of the rollout, in order."""
+def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0) -> list[Job]:
+    """Every response of the rollout, in order; other seeds in every round."""
     decoding = recipe.rollout.decoding(recipe.seed)
+    base = f"{decoding.seed}/round{number}" if number else decoding.seed
     return [
-        Job(problem, prompt, sample, sequence_seed(decoding.seed, problem.id, sample))
+        Job(problem, prompt, sample, sequence_seed(base, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
         for sample in range(decoding.n)
     ]
 
 
-def make_engine(recipe: Recipe, inputs: Inputs) -> Engine:
-    return Engine(*inputs.teacher, **vars(recipe.engine))
+def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> None:
+    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends.
 
-
-def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Decode what RUN/rollout does not hold yet, chunk by chunk.
-
-    A chunk is decoded and stored as a whole. So a chunk that a kill cut short is decoded again with the same batches,
-    and even confidences, which may depend on the batch in their last bits, come out as in an uninterrupted run.
+    number: of the round; the later ones go to RUN/rollout-1, RUN/rollout-2, ...
     """
-    work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
-    decoder = make_engine(recipe, inputs)
+    if recipe.rollout.source is not None and not number:
+        adopt(run, recipe, inputs)
+        return
+    folder = run / (f"rollout-{number}" if number else "rollout")
+    work, decoding = rollout_jobs(recipe, inputs, number), replace(recipe.rollout.decoding(recipe.seed), n=1)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
+    model, tokenizer = inputs.teacher
     metadata = {
         "kind": "rollout",
-        "model_fingerprint": model_fingerprint(decoder.model),
-        "tokenizer_fingerprint": tokenizer_fingerprint(decoder.tokenizer),
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": prompts,
-        "recipe": settings(recipe, "rollout"),
+        "recipe": settings(recipe, "rollout") | ({"round": number} if number else {}),
         "versions": versions(),
     }
-    chunk = recipe.rollout.chunk
-    with TrajectoryWriter(run / "rollout", metadata, shard_size=chunk, flush_seconds=float("inf")) as writer:
+    with (
+        closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
+        TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,
+    ):
         done = writer.done()
+        todo = [job for job in work if (job.problem.id, job.sample) not in done]
         with tqdm(total=len(work), initial=len(done), desc="rollout", unit="seq", disable=None) as bar:
-            for start in range(0, len(work), chunk):
-                part = [job for job in work[start : start + chunk] if (job.problem.id, job.sample) not in done]
-                for trajectory in decode(decoder, part, decoding, inputs.task, bar):
+            for answers in decode(engine, todo, decoding, inputs.task, min(JUDGED_TOGETHER, recipe.rollout.save_every)):
+                for trajectory in answers:
                     writer.write(trajectory)
-                writer.flush()
-    _say(TrajectoryDataset(run / "rollout"))
+                bar.update(len(answers))
+                bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
+    _say(TrajectoryDataset(folder))
 
 
-def decode(decoder: Engine, part: list[Job], decoding, task, bar) -> list:
-    """The trajectories of `part`, in order, named and verified."""
-    found = {}
-    for event in decoder.stream([job.prompt_ids for job in part], decoding, seeds=[job.seed for job in part]):
-        if isinstance(event, FinishedEvent):
-            found[event.index] = event.trajectory
-            bar.update()
-    verdicts = task.judge_all([found[i].text for i in range(len(part))], [job.problem for job in part])
-    return [
-        replace(
-            found[i],
-            prompt_id=job.problem.id,
-            sample=job.sample,
-            question=job.problem.question,
-            answer=job.problem.answer,
-            correct=verdicts[i].correct,
+def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[list[Trajectory]]:
+    """The answers in groups as they end, named and verified. What had ended before an error or Ctrl-C still comes.
+
+    A group comes every few seconds, perhaps an empty one, or when `together` answers have ended.
+    """
+    ended: list[FinishedEvent] = []
+    last = time.monotonic()
+
+    def answers() -> list[Trajectory]:
+        asked, found = [jobs[event.index] for event in ended], [event.trajectory for event in ended]
+        ended.clear()
+        verdicts = task.judge_all([t.text for t in found], [job.problem for job in asked])
+        return [
+            replace(
+                trajectory,
+                prompt_id=job.problem.id,
+                sample=job.sample,
+                question=job.problem.question,
+                answer=job.problem.answer,
+                correct=verdict.correct,
+            )
+            for trajectory, job, verdict in zip(found, asked, verdicts, strict=True)
+        ]
+
+    prompts, seeds = [job.prompt_ids for job in jobs], [job.seed for job in jobs]
+    events = engine.stream(prompts, decoding, seeds=seeds, names=[job.problem.id for job in jobs])
+    try:
+        for event in events:
+            if isinstance(event, FinishedEvent):
+                ended.append(event)
+            if len(ended) == together or time.monotonic() - last > GROUP_SECONDS:
+                yield answers()
+                last = time.monotonic()
+    except (Exception, KeyboardInterrupt):
+        yield answers()
+        raise
+    yield answers()
+
+
+def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
+    """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
+    found, size = TrajectoryDataset(recipe.rollout.source), inputs.teacher[0].config.block_size
+    if found[0].block_size != size:
+        raise T3DError(
+            f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
         )
-        for i, job in enumerate(part)
-    ]
+    return found
+
+
+def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Copy the trajectories of another folder to RUN/rollout."""
+    found = adopted(recipe, inputs)
+    metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
+        for trajectory in found:
+            writer.write(trajectory)
+    _say(TrajectoryDataset(run / "rollout"))
 
 
 def _say(dataset: TrajectoryDataset) -> None:

@@ -1,9 +1,6 @@
 """Which keys of a recipe the result of a stage depends on."""
 
-from dataclasses import fields
-
 from t3d.config import Recipe
-from t3d.decoding import DecodingConfig
 
 # Keys that change neither the trajectories nor the student nor the rows: prefixes of dotted names.
 NEUTRAL = (
@@ -12,8 +9,7 @@ NEUTRAL = (
     "report.",
     "model.device",
     "task.allow_unsandboxed",
-    "rollout.chunk",
-    "eval.teacher",
+    "rollout.save_every",
     "train.logging_",
     "train.log_",
     "train.save_",
@@ -27,6 +23,26 @@ NEUTRAL = (
     "train.dataloader_prefetch_factor",
     "train.dataloader_persistent_workers",
 )
+# Keys of the evaluation that only say how much of it there is: other values add settings, problems or samples to those
+# that RUN/eval has, each in a place of its own.
+GROWING = {
+    "task.num_eval",
+    "eval.steps",
+    "eval.strategy",
+    "eval.threshold",
+    "eval.floor",
+    "eval.entropy_bound",
+    "eval.factor",
+    "eval.risk",
+    "eval.decoding",
+    "eval.temperature",
+    "eval.samples",
+    "eval.seeds",
+    "eval.teacher",
+    "eval.checkpoints",
+    "eval.text",
+    "eval.scorer",
+}
 LATER = {  # sections and keys that only later stages read
     "rollout": ("train.", "eval.", "task.num_eval", "task.eval_"),
     "train": ("eval.", "task.num_eval", "task.eval_"),
@@ -34,13 +50,16 @@ LATER = {  # sections and keys that only later stages read
 }
 
 
-def settings(recipe: Recipe, stage: str) -> dict:
-    """The dotted keys of a recipe, with their values, on which the result of a stage depends."""
+def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
+    """The dotted keys of a recipe, with their values, on which the result of a stage depends.
+
+    student: whether there is one; an evaluation without it does not depend on how it would be made.
+    """
     ignored = NEUTRAL + LATER[stage]
-    if recipe.objective == "sft":
+    if not student and stage == "eval":
+        ignored += ("rollout.", "train.", "task.num_train")
+    if recipe.train["objective"] == "sft":
         ignored += ("rollout.",)
-    elif recipe.rollout.source:
-        ignored += tuple(f"rollout.{f.name}" for f in fields(DecodingConfig))
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import mcnemar
-from t3d.evaluation.rows import columns, percent
+from t3d.evaluation.rows import EXTRACTED, columns, percent
 from t3d.evaluation.summary import aup_by_curve, write_whole
 from t3d.report.charts import Point, Series, accuracy_chart, line_chart
 from t3d.report.config import ReportConfig
 from t3d.report.figures import save_accuracy_plot
 from t3d.report.runs import Row, Run, choose_problems, load_runs, reference, viewer_data
 from t3d.report.tokens import step_colour
+
+MARK = b'<meta name="generator" content="t3d">'  # in every report, so that nothing else is overwritten
 
 
 def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportConfig | None = None) -> Path:
@@ -22,9 +24,11 @@ def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportC
     Several runs are shown together, e.g. other objectives or seeds.
 
     Raises:
-        T3DError: if a run has no readable summary, or the file cannot be written.
+        T3DError: if a run has no readable summary, or the file cannot be written, or is there and no report.
     """
     config, output = config or ReportConfig(), Path(output)
+    if output.is_file() and MARK not in output.read_bytes()[:2000]:
+        raise T3DError(f"{output} exists and is not a report of t3d; choose another file")
     runs, rows = load_runs([Path(folder) for folder in run_dirs])
     if not rows:
         raise T3DError(f"{runs[0].path / 'summary.json'} has no rows; run `t3d eval` first")
@@ -219,23 +223,35 @@ def _failures(rows: list[Row]) -> str:
         shared = [(row.verdicts[k], base.verdicts[k]) for k in row.verdicts if k in base.verdicts]
         gained, lost = shared.count((True, False)), shared.count((False, True))
         p = mcnemar(gained, lost)
+        why = "".join(f'<td class="right">{percent(share)}</td>' for share in _ways(row))
         mark = '<td class="right">–</td>' * 3
         if row is not base:
             mark = f'<td class="right">{gained}</td><td class="right">{lost}</td><td class="right">{_p(p)}</td>'
-        body.append(
-            f'<tr><th scope="row">{escape(row.label)}</th><td>{escape(row.setting)}</td>{"".join(cells)}{mark}</tr>'
-        )
+        head = f'<th scope="row">{escape(row.label)}</th><td>{escape(row.setting)}</td>'
+        body.append(f"<tr>{head}{''.join(cells)}{why}{mark}</tr>")
     heads = "".join(f'<th class="right">{escape(name)}</th>' for name in names)
+    ways = "".join(f'<th class="right">{name}</th>' for name in ("wrong", "none", "cut"))
     counts = ", ".join(str(len(group)) for group in bins)
     note = (
-        f"Accuracy in percent by the length, in tokens, of the answer of {base.name} ({counts} problems). gained and "
-        f"lost: problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
+        f"Accuracy in percent by the length, in tokens, of the answer of {base.name} ({counts} problems). Then what is "
+        "not right, in percent of all answers: wrong ones; none found; cut by the token limit. gained and lost: "
+        f"problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
     )
     return (
         '<section><h2>Where it fails</h2><div class="scroll"><table><thead><tr><th>model</th><th>setting</th>'
-        f'{heads}<th class="right">gained</th><th class="right">lost</th><th class="right">p</th></tr></thead>'
+        f'{heads}{ways}<th class="right">gained</th><th class="right">lost</th><th class="right">p</th></tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{escape(note)}</p></section>'
     )
+
+
+def _ways(row: Row) -> tuple[float, float, float]:
+    """Shares of the verified answers that are not right: wrong ones, none found, and cut before they ended."""
+    columns = (row.answers.column(name) for name in ("correct", "extra", "finish_reason"))
+    judged = [found for found in zip(*columns, strict=True) if found[0] is not None]
+    wrong = [(json.loads(extra or "{}"), ended) for correct, extra, ended in judged if not correct]
+    cut = sum(ended == "length" for _, ended in wrong)
+    none = sum(ended != "length" and extra.get(EXTRACTED) is None for extra, ended in wrong)
+    return tuple(count / len(judged) for count in (len(wrong) - none - cut, none, cut))
 
 
 def _p(value: float) -> str:

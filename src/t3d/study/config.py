@@ -91,7 +91,9 @@ class Study:
             return Job(name, seed, whole, None)
         made_with = json.dumps(settings(whole, "rollout"), sort_keys=True)
         rollout = recipe(f"rollouts/seed{seed}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}")
-        return Job(name, seed, recipe(f"{name}-seed{seed}", *more, f"rollout.source={rollout.run_dir}"), rollout)
+        return Job(
+            name, seed, recipe(f"{name}-seed{seed}", *more, f"rollout.source={rollout.run_dir}/rollout"), rollout
+        )
 
 
 def labels(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from t3d.evaluation.metrics import wilson
 from t3d.evaluation.rows import setting
 from t3d.evaluation.summary import read_summary
 from t3d.pipeline import RunFolder
+from t3d.pipeline.train import last_checkpoint
 from t3d.study.config import Job, Study, labels
 from t3d.trajectories import Trajectory, TrajectoryDataset
 
@@ -71,7 +72,7 @@ class Cost:
     """What training one job took."""
 
     steps: int
-    tokens: float  # through a frozen forward, or as much work: see T3DTrainer.cost
+    flops: float  # see T3DTrainer.floating_point_ops
     seconds: float
 
 
@@ -111,10 +112,10 @@ def costs(study: Study) -> dict[str, list[Cost]]:
 
 
 def _cost(run: RunFolder, job: Job) -> Cost:
-    path = run / "train" / "trainer_state.json"
+    checkpoint = last_checkpoint(run / "train")
+    path = (checkpoint or run / "train") / "trainer_state.json"
     try:
         state = json.loads(path.read_text())
-        tokens = [entry["cost"] for entry in state["log_history"] if "cost" in entry][-1]
-        return Cost(state["global_step"], tokens, run.record("train")["seconds"])
+        return Cost(state["global_step"], state["total_flos"], run.record("train")["seconds"])
     except (OSError, ValueError, LookupError) as error:
-        raise T3DError(f"cannot read what {job.variant}, seed {job.seed} logged: {path}: {error}") from error
+        raise T3DError(f"cannot read what {job.variant}, seed {job.seed} cost: {path}: {error}") from error

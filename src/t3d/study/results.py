@@ -72,7 +72,7 @@ def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pai
 def _accuracies(shown: list[Pool], settings: list[str], spent: dict[str, list[Cost]]) -> list[str]:
     """One line per variant: accuracy with its interval at every setting, tokens per forward where they vary, cost."""
     lines = [
-        _line("variant", *(f"{s}, %" for s in settings), "n", "seeds", "steps", "cost", "seconds"),
+        _line("variant", *(f"{s}, %" for s in settings), "n", "seeds", "steps", "TFLOP", "seconds"),
         _line("---", *("---:" for _ in settings), *("---:" for _ in range(5))),
     ]
     for name in dict.fromkeys(pool.variant for pool in shown):
@@ -102,8 +102,8 @@ def _costs(spent: list[Cost] | None) -> tuple[str, str, str]:
     """Means over seeds."""
     if not spent:
         return "–", "–", "–"
-    mean = [sum(values) / len(spent) for values in zip(*((c.steps, c.tokens, c.seconds) for c in spent), strict=True)]
-    return f"{mean[0]:.0f}", f"{mean[1] / 1e6:.2f}M", f"{mean[2]:.0f}"
+    mean = [sum(values) / len(spent) for values in zip(*((c.steps, c.flops, c.seconds) for c in spent), strict=True)]
+    return f"{mean[0]:.0f}", f"{mean[1] / 1e12:.3g}", f"{mean[2]:.0f}"
 
 
 def _differences(pairs: list) -> list[str]:

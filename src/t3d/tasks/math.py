@@ -12,26 +12,15 @@ import re
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 from pathlib import Path
 
+from t3d.tasks.latex import LONGEST, as_intervals, differ, differing_units, normal, number, words
+
 SECONDS = 5.0  # CPU time for one comparison, after which the answers count as different
-LONGEST = 2000  # characters of an answer that are still parsed; longer ones must be equal strings
 
 # `\\.` eats escaped characters, so that `\{` and `\}` do not count as braces.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+]?\$?\.\d+")
-_PLAIN = re.compile(r"([-+]?)(?:\\?\$)?((?:\d{1,3}(?:,\d{3})+|\d{1,60})(?:\.\d{0,60})?|\.\d{1,60})(e[-+]?\d\d?)?")
-_RATIO = re.compile(r"([-+]?\d{1,60})/(\d{1,60})")
-_REPEATING = re.compile(r"(-?)(\d{0,30})\.(\d{0,30})\\overline\{?(\d{1,30})\}?")
-_BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
-_MULTIPLES = r"dozen|hundred|thousand|million|billion|trillion|percent|k\b|m\b"
-_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}(?:\^\{?\d\}?)?\s*$|(?<=\d)\s+([a-z ]+)$", re.IGNORECASE)
-_SAME_UNIT = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre;
-in inch inche; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; oz ounce; lb pound;
-s sec second; min minute; h hr hour; day; week; month; year; cent; dollar usd; euro; degree; radian; percent"""
-_UNIT_OF = {word: group.split()[0] for group in _SAME_UNIT.split(";") for word in group.split()}
-_UNITS = re.compile(rf"(.*\d)\s+(?!{_MULTIPLES})[a-z][a-z ]*\.?", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
@@ -87,59 +76,18 @@ def verify_math(response: str, reference: str, boxed_only: bool = False) -> bool
 
 def equal(answer: str, gold: str) -> bool:
     """Whether two answers (LaTeX or plain text) are equal: as strings, as numbers, or by `math-verify`."""
-    units = {_unit(answer), _unit(gold)} - {None}
-    answer, gold = _normal(answer), _normal(gold)
-    if len(units) == 2:  # math-verify ignores units: an answer may leave it out, but not give another
-        return False
-    if not answer or not gold:
-        return False
-    if answer == gold:
-        return True
-    numbers = [_number(text) for text in (answer, gold)]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if max(len(answer), len(gold)) > LONGEST:
-        return False
-    bases = [_BASED.fullmatch(text) for text in (answer, gold)]
-    if all(bases):  # math-verify reads 101_2 as 101
-        return bases[0].groups() == bases[1].groups()
-    return _worker.ask(gold, answer)
-
-
-def _unit(text: str) -> str | None:
-    """The unit that ends an answer (`5\\text{ cm}^2`, `18 dollars`), in one spelling; None if there is none we know."""
-    if text.lstrip("$ ").startswith("\\$"):
-        return "dollar"
-    match = _WORDS.search(text[-100:].rstrip(". $"))
-    words = (match[1] or match[2] or "").lower().split() if match else []
-    return next((_UNIT_OF[w] for word in words for w in (word, word.removesuffix("s")) if w in _UNIT_OF), None)
-
-
-def _normal(text: str) -> str:
-    """`text` without what never matters: dollars around it, spacing commands, a final stop, a unit in words."""
-    text = text[: LONGEST * 10].strip().removeprefix("$").removesuffix("$")
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,;:])(?=\d{3})", ",", text)
-    text = re.sub(r"\\[!,;:]|\\(?:left|right)(?![a-zA-Z])|(?<!\\)\\\s|\\displaystyle", " ", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
-    unit = _UNITS.fullmatch(text)
-    text = unit.group(1) if unit else text
-    repeating = _REPEATING.fullmatch(text)
-    return str(_repeating(*repeating.groups())) if repeating else text
-
-
-def _number(text: str) -> Fraction | None:
-    """The value of a plain decimal or a fraction of integers, thousands commas allowed; None for anything else."""
-    if match := _PLAIN.fullmatch(text):
-        return Fraction("".join(match.groups("")).replace(",", ""))
-    if (match := _RATIO.fullmatch(text)) and int(match[2]):
-        return Fraction(int(match[1]), int(match[2]))
-    return None
-
-
-def _repeating(sign: str, whole: str, fixed: str, cycle: str) -> Fraction:
-    """The value of `whole.fixed` followed by `cycle` for ever."""
-    value = int(whole + fixed + cycle) - int(whole + fixed or 0)
-    return Fraction(-value if sign else value, 10 ** len(fixed) * (10 ** len(cycle) - 1))
+    if not differing_units(answer, gold):  # math-verify ignores units: an answer may leave it out, but not give another
+        answer, gold = normal(answer), normal(gold)
+        if not answer or not gold:
+            return False
+        if answer == gold or words(answer) == words(gold):
+            return True
+        numbers = [number(text) for text in (answer, gold)]
+        if None not in numbers:
+            return numbers[0] == numbers[1]
+        if max(len(answer), len(gold)) <= LONGEST and not differ(answer, gold):
+            return _worker.ask(*as_intervals(gold, answer))
+    return False
 
 
 class _Worker:

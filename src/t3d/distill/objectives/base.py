@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
-from t3d.distill.states import trajectory_mask
+from t3d.distill.states import Response, State, trajectory_mask
 
 # Runs a model and applies `head(hidden (m, width), lm_head weight)` at the supervised positions: of the batch at hand,
 # or of another given as second argument.
@@ -22,10 +22,18 @@ class Objective:
     needs_reference = False
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
+    unit = "token"  # what the loss is a mean over: supervised "token"s, noisy "block"s or "sequence"s
+    round_interval = 0  # after how many optimizer steps the reference becomes the student, unless told; 0: never
 
-    def at(self, progress: float, config: T3DConfig) -> "Objective":
-        """The objective whose loss counts when the share `progress` (0..1) of the training is over."""
-        return self
+    def states(
+        self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0
+    ) -> list[State]:
+        """The noisy states of a response that share its clean copy: by default, `states_per_sequence` draws of `state`.
+
+        progress: share of the training that is done, 0..1.
+        """
+        draws = range(config.states_per_sequence)
+        return [State(*self.state(response.block, response.rank, rng, config)) for _ in draws]
 
     def state(
         self, block: np.ndarray, rank: np.ndarray, rng: np.random.Generator, config: T3DConfig
@@ -50,10 +58,20 @@ class Objective:
         raise TypeError(f"{type(self).__name__} has no loss")
 
 
+def segments(segment: Tensor) -> int:
+    """How many segments `0 .. max` there are; of no positions none."""
+    return int(segment.max()) + 1 if len(segment) else 0
+
+
+def mean(values: Tensor, where: Tensor | None = None) -> Tensor:
+    """Mean of `values`, or of those that the boolean `where` picks; 0 of none, so that an empty term costs nothing."""
+    where = torch.ones_like(values) if where is None else where.to(values.dtype)
+    return (values * where).sum() / where.sum().clamp(min=1)
+
+
 def segment_sum(values: Tensor, segment: Tensor) -> Tensor:
     """Sum of `values (m,)` in each segment `0 .. max`, `(segments,)`."""
-    segments = int(segment.max()) + 1 if len(segment) else 0
-    return values.new_zeros(segments).index_add(0, segment, values)
+    return values.new_zeros(segments(segment)).index_add(0, segment, values)
 
 
 def segment_mean(values: Tensor, segment: Tensor) -> Tensor:

@@ -16,16 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from t3d.blocks import PADDING
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
-from t3d.distill.logprobs import CHUNK, choose_tokens, mask_free_logits, token_logprobs
+from t3d.distill.logprobs import CHUNK, choose_tokens, mask_free_logits
 from t3d.distill.objectives.base import Forward, Objective
 
 
 class MeanField(Objective):
-    """`L = mean_i sum_v q_i(v) (log q_i(v) - max(log p(v | ...), floor)) + anchor * CE to the trajectories`.
-
-    The anchor keeps the student from skipping reasoning steps, which costs little under reverse KL. Its trajectories
-    are all that it is trained on: verified ones with `verified_only`, else whatever the teacher wrote, so no label.
-    The first share `mf_warmup` of the training is the cross-entropy alone: cheap, and q starts near one of p's modes.
+    """`L = mean_i sum_v q_i(v) (log q_i(v) - max(log p(v | ...), floor)) + anchor * CE to verified trajectories`.
 
     The masked positions are filled with the student's own choice (argmax, or a sample at `mf_temperature`); copy `c` of
     a noisy block masks its c-th one again; one teacher forward over all copies gives every conditional.
@@ -34,9 +30,6 @@ class MeanField(Objective):
     needs_reference = True
     beyond_length = True  # the teacher's conditionals need no labels, so what follows the stop is learned too
     on_policy = True
-
-    def at(self, progress: float, config: T3DConfig) -> Objective:
-        return WARMUP if progress < config.mf_warmup else self
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
         hidden, weight = student(lambda h, w: (h, w))
@@ -55,26 +48,10 @@ class MeanField(Objective):
             for h, t, x in chunks
         ]
         kl, logp = (torch.cat(column) for column in zip(*parts, strict=True))
-        anchor = cross_entropy(logp, batch.labelled[asked])
+        labelled = batch.labelled[asked]
+        anchor = -(logp * labelled).sum() / labelled.sum().clamp(min=1)
         metrics = {"loss/kl": kl.detach().mean(), "loss/anchor": anchor.detach()}
         return kl.mean() + config.mf_anchor * anchor, metrics
-
-
-class Warmup(Objective):
-    """Cross-entropy to the trajectories' tokens: `mean_field`'s anchor alone."""
-
-    def loss(self, batch: TrainingBatch, student: Forward, reference, config: T3DConfig, mask_id: int):
-        logp = student(lambda h, w: token_logprobs(h, w, batch.target[:, None], mask_id))[:, 0]
-        loss = cross_entropy(logp, batch.labelled)
-        return loss, {"loss/anchor": loss.detach()}
-
-
-WARMUP = Warmup()
-
-
-def cross_entropy(logp: Tensor, labelled: Tensor) -> Tensor:
-    """Mean of -logp `(m,)` where `labelled`; 0 where nothing is."""
-    return -(logp * labelled).sum() / labelled.sum().clamp(min=1)
 
 
 def place_in_block(block: Tensor, shuffle: bool = False) -> Tensor:
@@ -125,8 +102,10 @@ def masked_one_by_one(batch: TrainingBatch, fill: Tensor, turn: Tensor, copies: 
         position=append(batch.position),
         select=select,
         target=batch.target[asked],
+        step=batch.step[asked],
         rank=batch.rank[asked],
         weight=batch.weight[asked],
+        part=batch.part[asked],
         sequence=batch.sequence[asked],
         block=batch.block[asked],
         labelled=batch.labelled[asked],

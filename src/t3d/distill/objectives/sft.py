@@ -6,7 +6,7 @@ from torch import Tensor
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
 from t3d.distill.logprobs import token_logprobs
-from t3d.distill.objectives.base import Forward, Objective
+from t3d.distill.objectives.base import Forward, Objective, mean, segments
 from t3d.distill.states import uniform_mask
 
 
@@ -16,6 +16,8 @@ class SFT(Objective):
     Trains a teacher from scratch, or adapts an autoregressive model to block diffusion.
     """
 
+    unit = "block"
+
     def state(self, block, rank, rng: np.random.Generator, config: T3DConfig):
         return uniform_mask(block, rng)
 
@@ -24,6 +26,5 @@ class SFT(Objective):
 
     def loss(self, batch: TrainingBatch, student: Forward, reference, config: T3DConfig, mask_id: int):
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, batch.target[:, None], mask_id))[:, 0]
-        blocks = batch.block.max() + 1
-        loss = -(logp * batch.weight).sum() / blocks
-        return loss, {"loss/ce": -logp.detach().mean()}
+        loss = -(logp * batch.weight).sum() / max(segments(batch.block), 1)
+        return loss, {"loss/ce": loss.detach(), "lp/real": mean(logp.detach())}

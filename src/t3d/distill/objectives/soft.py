@@ -1,13 +1,12 @@
-"""`soft`: divergence to the reference's distribution at the trajectory's states (classic logit distillation)."""
+"""`soft`: divergence to the reference's distribution (classic logit distillation)."""
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from t3d.distill.config import T3DConfig
-from t3d.distill.data import TrainingBatch
-from t3d.distill.logprobs import CHUNK, mask_free_logits
-from t3d.distill.objectives.base import Forward, Objective
+from t3d.distill.data import TrainingBatch, when_committed
+from t3d.distill.logprobs import in_chunks, mask_free_logits
+from t3d.distill.objectives.base import Forward, Objective, mean
 
 
 class Soft(Objective):
@@ -15,20 +14,31 @@ class Soft(Objective):
 
     `soft_divergence`: "forward" KL(p || q), "reverse" KL(q || p), or "js", half of each to their mean. With
     `soft_top_k`, both are first restricted to the reference's k likeliest tokens and renormalised.
+    `soft_state`: "committed" takes p at the state in which the trajectory committed the token, so that few steps learn
+    from many; "same" at the student's own state, which teaches nothing where the student starts as the reference.
     """
 
     needs_reference = True
+    beyond_length = True  # no label is needed, and the states of commitment show what stands behind the stop, too
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
-        hidden, weight = student(lambda h, w: (h, w))
-        other, other_weight = reference(lambda h, w: (h, w))
+        asked = ()
+        if config.soft_state == "committed":
+            asked = (when_committed(batch, torch.ones_like(batch.part, dtype=torch.bool), mask_id),)
+        other = reference(lambda h, w: (h, w), *asked)
         settings = (mask_id, config.soft_divergence, config.soft_top_k)
-        parts = [
-            checkpoint(_divergence, h, weight, r, other_weight, *settings, use_reentrant=False)
-            for h, r in zip(hidden.split(CHUNK), other.split(CHUNK), strict=True)
-        ]
-        loss = torch.cat(parts).mean()
+        loss = mean(student(lambda h, w: divergence(h, w, *other, *settings)))
         return loss, {f"loss/{config.soft_divergence}": loss.detach()}
+
+
+def divergence(
+    hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, mask_id: int, kind: str = "forward", k: int = 0
+) -> Tensor:
+    """Divergence between the models' distributions at each position, `(m,)`, from hidden states and head weights.
+
+    hidden, weight give the student's q; other, other_weight the reference's p.
+    """
+    return in_chunks(lambda h, o: _divergence(h, weight, o, other_weight, mask_id, kind, k), hidden, other)
 
 
 def _divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, mask_id: int, kind: str, k: int):

@@ -6,8 +6,8 @@ from torch.nn.functional import logsigmoid
 
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
-from t3d.distill.logprobs import choose_tokens, token_logprobs
-from t3d.distill.objectives.base import Forward, Objective, segment_mean, segment_sum
+from t3d.distill.logprobs import compare_tokens, token_logprobs
+from t3d.distill.objectives.base import Forward, Objective, mean, segment_mean, segment_sum, segments
 
 
 class DDO(Objective):
@@ -20,17 +20,17 @@ class DDO(Objective):
     """
 
     needs_reference = True
+    unit = "sequence"
+    round_interval = 10
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
         def reference_head(hidden, weight):
-            fake = choose_tokens(hidden, weight, mask_id, config.reference_temperature)
-            tokens = torch.stack([batch.target, fake], 1)  # (m, 2): real, fake
-            return tokens, token_logprobs(hidden, weight, tokens, mask_id)
+            return compare_tokens(hidden, weight, batch.target, mask_id, config.reference_temperature)
 
         tokens, reference_logp = reference(reference_head)
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, tokens, mask_id))  # (m, 2)
         ddo, metrics = ddo_loss(logp, reference_logp, batch, config)
-        metrics["fake_differs"] = (tokens[:, 0] != tokens[:, 1]).float().mean()
+        metrics["fake_differs"] = mean((tokens[:, 0] != tokens[:, 1]).float())
         return self.combine(ddo, logp[:, 0], batch, config, metrics)
 
     def combine(self, ddo: Tensor, real: Tensor, batch: TrainingBatch, config: T3DConfig, metrics: dict):
@@ -54,14 +54,14 @@ def ddo_loss(logp: Tensor, reference_logp: Tensor, batch: TrainingBatch, config:
     combine = segment_mean if config.ddo_reduction == "mean" else segment_sum
     real = combine(logp[:, 0] - reference_logp[:, 0], segment)
     fake = combine(logp[:, 1] - reference_logp[:, 1], segment)
-    loss = -logsigmoid(config.beta * real).mean() - config.alpha * logsigmoid(-config.beta * fake).mean()
+    loss = -mean(logsigmoid(config.beta * real)) - config.alpha * mean(logsigmoid(-config.beta * fake))
     metrics = {
-        "lp/real": logp[:, 0].detach().mean(),
-        "lp/fake": logp[:, 1].detach().mean(),
-        "lp/reference_real": reference_logp[:, 0].mean(),
-        "lp/reference_fake": reference_logp[:, 1].mean(),
-        "margin/real": real.detach().mean(),
-        "margin/fake": fake.detach().mean(),
+        "lp/real": mean(logp[:, 0].detach()),
+        "lp/fake": mean(logp[:, 1].detach()),
+        "lp/reference_real": mean(reference_logp[:, 0]),
+        "lp/reference_fake": mean(reference_logp[:, 1]),
+        "margin/real": mean(real.detach()),
+        "margin/fake": mean(fake.detach()),
     }
     return loss, metrics
 
@@ -69,7 +69,7 @@ def ddo_loss(logp: Tensor, reference_logp: Tensor, batch: TrainingBatch, config:
 def path_loss(logp: Tensor, batch: TrainingBatch, k: int) -> Tensor:
     """L_path in closed form: cross-entropy weighted by `path_weights`, averaged over sequences."""
     weights = path_weights(batch.rank, batch.sequence, batch.block_size, k)
-    return -(weights * logp).sum() / (batch.sequence.max() + 1)
+    return -(weights * logp).sum() / max(segments(batch.sequence), 1)
 
 
 def path_weights(rank: Tensor, sequence: Tensor, block_size: int, k: int) -> Tensor:

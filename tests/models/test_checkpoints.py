@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
 
 from t3d.blocks import Layout
 from t3d.errors import T3DError
 from t3d.models import load_model, save_model, stop_ids
+from tests.conftest import make_model
 
 
 def clean_layout(length, block_size):

@@ -1,0 +1,86 @@
+"""From an autoregressive model to a block-diffusion one: the same weights, a mask token, another configuration.
+
+The result answers like nothing yet: it has never seen a mask. `objective: sft` adapts it (docs/models.md).
+"""
+
+import os
+
+import torch
+
+from t3d.errors import T3DError
+from t3d.models.families import FAMILIES
+from t3d.models.files import check_weights, local_folder, read_json
+from t3d.models.load import load_tokenizer, load_weights
+from t3d.models.save import SHARD, save_model
+
+MASK_TOKEN = "<|MASK|>"  # what SDAR calls it
+
+
+def convert(
+    name: str | os.PathLike,
+    out: str | os.PathLike,
+    block_size: int = 4,
+    mask_token: str = MASK_TOKEN,
+    dtype: str | None = None,
+    max_shard_size: str = SHARD,
+):
+    """Write the Qwen3 or Qwen3-MoE checkpoint `name` as one of SDAR's type to `out`; returns `(model, tokenizer)`.
+
+    The mask token is the tokenizer's own, else `mask_token`, added; it takes the first unused row of the embedding,
+    which grows if there is none. Its row becomes the mean of the vocabulary's. Stop ids are all that the files name,
+    and the token that ends a turn of the chat template, which comes first.
+    Raises T3DError when it is another kind of checkpoint, or has no tokenizer.
+    """
+    if block_size < 1:
+        raise T3DError(f"block_size must be at least 1, got {block_size}")
+    folder = local_folder(name)
+    values = read_json(folder / "config.json")
+    kinds = {family.autoregressive: family for family in FAMILIES.values()}
+    if values.get("model_type") not in kinds:
+        raise T3DError(f"{name}: model type {values.get('model_type')!r} cannot be converted (can: {', '.join(kinds)})")
+    check_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    family = kinds[values["model_type"]]
+    left = ("model_type", "architectures", "auto_map")
+    config = family.config_class(**{key: value for key, value in values.items() if key not in left})
+    config.block_size = block_size
+    words = len(tokenizer)
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": mask_token})
+    config.mask_token_id = tokenizer.mask_token_id
+    model = load_weights(family, folder, name, dtype=dtype, device="cpu", config=config)
+    if config.mask_token_id >= model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied
+            weight[config.mask_token_id] = weight[:words].mean(0, dtype=torch.float32).to(weight.dtype)
+    generation = model.generation_config
+    generation.eos_token_id = _stop_ids(model, tokenizer)
+    if generation.pad_token_id is None:
+        generation.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    save_model(model, out, tokenizer, max_shard_size=max_shard_size)
+    return model, tokenizer
+
+
+def _stop_ids(model, tokenizer) -> list[int]:
+    found = [] if (end := _end_of_turn(tokenizer)) is None else [end]
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found += ids if isinstance(ids, list) else [ids]
+    found = list(dict.fromkeys(token for token in found if token is not None))
+    if not found:
+        raise T3DError("no stop token: generation_config.json, config.json and the tokenizer name none (eos_token_id)")
+    return found
+
+
+def _end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template puts behind an answer."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    special = [token for token in ids if token in tokenizer.all_special_ids]
+    return special[-1] if special else None

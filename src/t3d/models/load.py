@@ -1,0 +1,144 @@
+"""Loading a checkpoint: an ordinary Hugging Face folder, or a hub id. Which family it is, its `config.json` says."""
+
+import os
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from t3d.errors import T3DError
+from t3d.log import log
+from t3d.models.families import FAMILIES
+from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
+
+
+def load_model(
+    name: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attention: str = "sdpa",
+    quantisation=None,
+):
+    """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`; never runs remote code.
+
+    Weights go from the mapped files to their device and dtype one by one, so that nothing is in memory twice.
+
+    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
+    attention: transformers' implementation, "sdpa" or "flex_attention" (whose backward pass needs a GPU).
+    quantisation: transformers' configuration of it, if any.
+    Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
+    """
+    folder = local_folder(name)
+    family = read_json(folder / "config.json").get("model_type")
+    if family not in FAMILIES:
+        raise T3DError(
+            f"{name}: model type {family!r} is not supported (supported: {', '.join(FAMILIES)}){_hint(family)}"
+        )
+    check_weights(folder)
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")  # transformers would go on without its stop ids
+    model = load_weights(
+        FAMILIES[family], folder, name, dtype=dtype, device=device, attention=attention, quantisation=quantisation
+    )
+    tokenizer = load_tokenizer(folder)
+    if model.config.mask_token_id is None:
+        model.config.mask_token_id = tokenizer.mask_token_id if tokenizer is not None else None
+    if model.config.mask_token_id is None:
+        raise T3DError(f"{name}: neither config.json nor the tokenizer says which token is the mask (mask_token_id)")
+    return model, tokenizer
+
+
+def load_weights(
+    family: type[PreTrainedModel],
+    folder,
+    name,
+    *,
+    dtype=None,
+    device=None,
+    attention="sdpa",
+    quantisation=None,
+    config=None,
+) -> PreTrainedModel:
+    """A model of `family` from the weights in `folder`, in eval mode; `name` is what errors call it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if config is None:
+            config = family.config_class.from_pretrained(folder)
+        config.check()
+        model, info = family.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch_dtype(dtype) or "auto",
+            device_map={"": device},
+            attn_implementation=attention,
+            quantization_config=quantisation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except T3DError as error:
+        raise T3DError(f"{name}: {error}") from error
+    except Exception as error:  # every library underneath raises its own kind; all mean: this folder does not load
+        raise T3DError(f"cannot load the weights of {name}: {first_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(info["missing_keys"]) or sorted(key for key, *_ in info["mismatched_keys"])
+        raise T3DError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%s: %d weights in the files are not part of the model, the first is %s", name, len(unused), unused[0]
+        )
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = tied  # files that have both, and different ones, overrule config.json
+    model.get_input_embeddings().padding_idx = None  # padding is told by length; a stop token that pads is trained, too
+    return model.eval()
+
+
+def load_tokenizer(name: str | os.PathLike):
+    """The checkpoint's tokenizer, or None if it has no tokenizer files. Never runs remote code."""
+    folder = local_folder(name, needs="")
+    if not any((folder / file).exists() for file in TOKENIZER_FILES[:3]):
+        return None
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns that the tokenizer's class is not "sdar"'s own
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        raise T3DError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """All token ids that end a response: generation_config's list, else config's."""
+    for source in (model.generation_config, model.config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    return ()
+
+
+def generation_ids(name: str | os.PathLike):
+    """`(tokenizer, stop ids, block size)` of a checkpoint whose weights are not needed, or not there."""
+    folder = local_folder(name)
+    tokenizer, found = load_tokenizer(folder), {}
+    if tokenizer is None:
+        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    for file in ("config.json", "generation_config.json"):
+        if (folder / file).exists():
+            found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
+    ids = found.get("eos_token_id", tokenizer.eos_token_id)
+    stops = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    return tokenizer, stops, found.get("block_size", 4)
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise T3DError(f"unknown dtype {name!r}; use float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def _hint(family) -> str:
+    if family in {model.autoregressive for model in FAMILIES.values()}:
+        return "; `t3d convert` makes a block-diffusion model of it"
+    return ""

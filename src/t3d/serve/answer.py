@@ -1,0 +1,192 @@
+"""From a job's events to the objects that OpenAI's clients read, whole or as a stream."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from t3d.engine.request import Request
+from t3d.engine.session import Event, FailedEvent, FinishedEvent, StepEvent
+from t3d.serve.errors import ApiError
+from t3d.serve.schema import Decoding
+from t3d.serve.text import TextStream
+from t3d.serve.worker import Job
+from t3d.trajectories.pieces import Pieces
+from t3d.trajectories.record import Trajectory
+
+
+class Choice:
+    """One answer while it grows."""
+
+    def __init__(self, number: int, request: Request, tokenizer):
+        self.number, self.request, self.tokenizer = number, request, tokenizer
+        self.text = TextStream(tokenizer, request.config.stop)
+        self.trajectory: Trajectory | None = None
+        self.start = time.perf_counter()
+        self._taken = 0
+
+    def take(self, event: Event) -> tuple[str, list[int], list[int]]:
+        """(new text, the ids that brought it, their steps) of a block, or of the end."""
+        first = self._taken
+        if not isinstance(event, FinishedEvent):
+            self._taken += len(event.token_ids)
+            return self.text.push(event.token_ids), event.token_ids, event.step_map
+        t = self.trajectory = event.trajectory
+        self.seconds = time.perf_counter() - self.start
+        ids = t.response_ids[first : t.length]
+        return self.text.push(ids) + self.text.finish(), ids, t.step_map[first : t.length]
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.text.stopped else self.trajectory.finish_reason
+
+    def details(self) -> dict:
+        """Our own part of an answer. Everything is about the tokens that count, through the stop token."""
+        t, n = self.trajectory, self.trajectory.length
+        tail = len(t.prompt_ids) % t.block_size
+        return {
+            "tpf": round(n / t.nfe.denoise, 4),
+            "tpf_total": round(n / t.nfe.total, 4),
+            "nfe": {"prefill": t.nfe.prefill, "denoise": t.nfe.denoise, "commit": t.nfe.commit, "total": t.nfe.total},
+            "seconds": round(self.seconds, 4),
+            "seed": self.request.config.seed,
+            "block_size": t.block_size,
+            "steps": self.request.config.steps,
+            "prompt_tokens": len(t.prompt_ids),
+            "token_ids": t.response_ids[:n],
+            "tokens": Pieces(self.tokenizer).of(t)[tail : tail + n],
+            "step_map": t.step_map[:n],
+            "confidence": [round(c, 4) for c in t.confidence[:n]],
+        }
+
+
+@dataclass(frozen=True)
+class Form:
+    """What differs between the two endpoints."""
+
+    prefix: str
+    whole: str
+    piece: str
+    chat: bool
+
+    def choice(self, text: str) -> dict:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+
+    def delta(self, text: str | None, role: bool = False) -> dict:
+        if not self.chat:
+            return {"text": text or ""}
+        return {"delta": ({"role": "assistant"} if role else {}) | ({} if text is None else {"content": text})}
+
+
+CHAT = Form("chatcmpl-", "chat.completion", "chat.completion.chunk", chat=True)
+COMPLETION = Form("cmpl-", "text_completion", "text_completion", chat=False)
+
+
+class Answer:
+    """All choices of one request."""
+
+    def __init__(self, form: Form, body: Decoding, name: str, job: Job, tokenizer, seconds: float, clock: Callable):
+        self.form, self.body, self.job, self.tokenizer = form, body, job, tokenizer
+        self.deadline, self.seconds, self.clock = time.monotonic() + seconds, seconds, clock
+        self.choices = {
+            (r.index, r.sample): Choice(number, r, tokenizer) for number, r in enumerate(job.requests)
+        }  # in the order of prompts, then samples
+        self.head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
+
+    def usage(self) -> dict:
+        prompts = {r.index: len(r.prompt_ids) for r in self.job.requests}
+        prompt = sum(prompts.values())
+        completion = sum(c.trajectory.length for c in self.choices.values())
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    async def _events(self) -> AsyncIterator[tuple[Choice, Event]]:
+        """Raises ApiError when a sequence fails or the time is up."""
+        batches, first = aiter(self.job), True
+        while True:
+            try:
+                batch = await asyncio.wait_for(anext(batches), self.deadline - time.monotonic())
+            except StopAsyncIteration:
+                self.clock(True)
+                return
+            except asyncio.TimeoutError:
+                raise ApiError(
+                    504, f"the answer took longer than {self.seconds:g} s", code="timeout", retry=False
+                ) from None
+            for event in batch:
+                if isinstance(event, FailedEvent):
+                    message = str(event.error).partition(": ")[2] or str(event.error)
+                    raise ApiError(500, message, code="decoding_failed", retry=False)
+                if first and not isinstance(event, StepEvent):
+                    self.clock(False)
+                    first = False
+                yield self.choices[event.index, event.sample], event
+
+    async def whole(self) -> dict:
+        texts = dict.fromkeys(self.choices.values(), "")
+        async for choice, event in self._events():
+            texts[choice] += choice.take(event)[0]
+        choices = []
+        for choice, text in texts.items():
+            one = {"index": choice.number, "finish_reason": choice.finish_reason, "logprobs": None}
+            one |= self.form.choice(text)
+            if self.body.return_details:
+                one["t3d"] = choice.details()
+            choices.append(one)
+        return self.head | {"object": self.form.whole, "choices": choices, "usage": self.usage()}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events: a chunk per block that brought text; an error is the last chunk."""
+        include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+
+        def chunk(choice: Choice, delta: dict, finish: str | None = None, t3d: dict | None = None) -> bytes:
+            one = {"index": choice.number, "finish_reason": finish, "logprobs": None} | delta
+            one |= {} if t3d is None else {"t3d": t3d}
+            return sse(
+                self.head | {"object": self.form.piece, "choices": [one]} | ({"usage": None} if include_usage else {})
+            )
+
+        details = bool(self.body.return_details)
+        pieces = Pieces(self.tokenizer)
+        try:
+            for choice in self.choices.values():
+                config = choice.request.config
+                about = {
+                    "block_size": config.block_size,
+                    "steps": config.steps,
+                    "prompt_tokens": len(choice.request.prompt_ids),
+                }
+                if self.form.chat or details:
+                    yield chunk(choice, self.form.delta("", role=True), t3d=about if details else None)
+            async for choice, event in self._events():
+                if isinstance(event, StepEvent):
+                    yield chunk(choice, self.form.delta(None), t3d=_step(event, pieces))
+                    continue
+                text, ids, steps = choice.take(event)
+                if text or (details and ids):
+                    brought = {"token_ids": ids, "step_map": steps} if details else None
+                    yield chunk(choice, self.form.delta(text), t3d=brought)
+                if choice.trajectory is not None:
+                    last = choice.details() if details else None
+                    yield chunk(choice, self.form.delta(None), choice.finish_reason, last)
+            if include_usage:
+                yield sse(self.head | {"object": self.form.piece, "choices": [], "usage": self.usage()})
+        except ApiError as error:
+            yield sse(error.body())
+            return
+        yield b"data: [DONE]\n\n"
+
+
+def _step(event: StepEvent, pieces: Pieces) -> dict:
+    return {
+        "step": event.step,
+        "places": event.places,
+        "token_ids": event.token_ids,
+        "tokens": [text for token in event.token_ids for text in pieces([token])],
+        "confidence": [round(c, 4) for c in event.confidence],
+    }
+
+
+def sse(value: dict) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

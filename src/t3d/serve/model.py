@@ -1,0 +1,74 @@
+"""A checkpoint that is served: what a client asks for becomes requests for its worker."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+from t3d.decoding.config import DecodingConfig
+from t3d.engine.intake import make_requests
+from t3d.engine.request import Request
+from t3d.errors import T3DError
+from t3d.serve.errors import ApiError
+from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding
+from t3d.serve.worker import Worker
+
+
+class Served:
+    """A name, a worker and a tokenizer. The methods take time for long prompts, and may run in any thread."""
+
+    def __init__(self, worker: Worker, default: DecodingConfig):
+        self.worker, self.default, self.name = worker, default, worker.name
+        self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
+        self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
+
+    def chat(self, body: ChatBody) -> list[Request]:
+        """Raises ApiError."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message.plain() for message in body.messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template: {error}", param="messages") from error
+        return self._requests([text], body, body.limit, "messages")
+
+    def complete(self, body: CompletionBody) -> list[Request]:
+        """Raises ApiError."""
+        return self._requests(body.prompts(), body, body.limit, "prompt")
+
+    def _requests(self, prompts: list, body: Decoding, limit: int | None, param: str) -> list[Request]:
+        if not prompts:
+            raise ApiError(400, "there is no prompt", param=param)
+        encoded = [
+            self.tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in prompts
+        ]
+        own = self.model.config.block_size
+        block = body.block_size or self.default.block_size or own
+        if block > max(own, MAX_BLOCK):
+            raise ApiError(400, f"block_size must be at most {max(own, MAX_BLOCK)}, got {block}", param="block_size")
+        longest = max(map(len, encoded))
+        room = self.worker.longest // block * block - longest
+        if room < (limit or 1):
+            asked = f"{longest} in the {param}" + (f", {limit} for the answer" if limit else "")
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.worker.longest} tokens, in whole blocks of {block}. "
+                f"However, you requested {longest + (limit or 1)} tokens ({asked}). Please reduce them.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        try:
+            config = body.decoding(self.default, limit or room)
+            return make_requests(encoded, config, None, None, self.model, self.tokenizer)
+        except T3DError as error:
+            raise ApiError(400, str(error)) from error
+
+
+def name_of(argument: str, exists: Callable[[str], bool] = lambda path: Path(path).exists()) -> tuple[str, str]:
+    """(name, checkpoint) of `[NAME=]MODEL`; a folder's name is its last part, a hub id is its own."""
+    name, equals, path = argument.partition("=")
+    if equals and name and not exists(argument):
+        return name, path
+    return (Path(argument).resolve().name if exists(argument) else argument), argument

@@ -1,0 +1,201 @@
+"""The bodies that clients send, checked field by field: OpenAI's fields and ours."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from random import SystemRandom
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from t3d.decoding.config import DecodingConfig
+from t3d.decoding.strategies import STRATEGIES
+from t3d.errors import nearest
+
+# OpenAI's fields that mean nothing here, and may therefore have any value
+IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+# those that we cannot honour, with the values that ask for nothing
+UNSUPPORTED: dict[str, tuple] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+MAX_BLOCK = 64  # a request's block size, where the model's own is not larger still
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Decoding(Strict):
+    """What both endpoints take. A field that is null or missing has the server's default."""
+
+    model: str | None = Field(None, description="one of /v1/models; default: the first")
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Text | list[Text] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(None, description="0 is off")
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
+    strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(STRATEGIES))
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    floor: Literal["one", "schedule"] | None = None
+    entropy_bound: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    risk: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    confidence: Literal["untempered", "sampling"] | None = None
+    stop_ids: Annotated[list[Id], Field(max_length=64)] | None = Field(None, description="instead of the model's own")
+    ignore_eos: bool | None = None
+    return_details: bool | None = Field(None, description="adds `t3d` to every choice: TPF, forwards, step map, ...")
+    stream_steps: bool | None = Field(None, description="with stream: a chunk for every denoising step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others(cls, body: Any) -> Any:
+        """Drop what asks for nothing; say clearly what is not there."""
+        if not isinstance(body, dict):
+            return body
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
+        kept = {}
+        for name, value in body.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in UNSUPPORTED:
+                if value is not None and not any(_same(value, nothing) for nothing in UNSUPPORTED[name]):
+                    raise PydanticCustomError(
+                        "unsupported_parameter", "'{name}' is not supported by this server", {"name": name}
+                    )
+            elif name not in IGNORED:
+                close = nearest(name, [*cls.model_fields, *UNSUPPORTED])
+                raise PydanticCustomError(
+                    "unknown_parameter",
+                    "Unrecognized request argument supplied: {name}{close}",
+                    {"name": ascii(name)[1:-1], "close": close},
+                )
+        return kept
+
+    @model_validator(mode="after")
+    def _together(self) -> "Decoding":
+        def refuse(name: str, message: str):
+            raise PydanticCustomError("invalid_value", message, {"name": name})
+
+        if self.temperature is not None and 0 < self.temperature < 1e-4:
+            refuse("temperature", "temperature is 0 (greedy) or at least 0.0001")
+        if isinstance(self.stop, list) and len(self.stop) > 16:
+            refuse("stop", "at most 16 stop strings")
+        if self.stream_options is not None and not self.stream:
+            refuse("stream_options", "stream_options is only for stream = true")
+        if self.stream_steps and not self.stream:
+            refuse("stream_steps", "stream_steps is only for stream = true")
+        return self
+
+    def decoding(self, default: DecodingConfig, max_tokens: int) -> DecodingConfig:
+        """The settings, unset ones from `default`. Without a seed, one is drawn. Raises T3DError as the settings do."""
+        names = (
+            "temperature top_p n top_k block_size steps strategy threshold floor entropy_bound factor risk confidence "
+            "stop_ids ignore_eos"
+        )
+        given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
+        stop = default.stop if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+        seed = SystemRandom().randrange(1 << 63) if self.seed is None else self.seed
+        return replace(default, **{"n": 1} | given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)
+
+
+class Part(BaseModel):
+    """A part of a message's content. Text only."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")  # clients send answers back as they got them
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatBody(Decoding):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionBody(Decoding):
+    prompt: str | list[str] | list[Id] | list[list[Id]]
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or 16  # OpenAI's default
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One item per prompt."""
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]
+        return self.prompt
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and not only because True is 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def explain(errors: Iterable[dict]) -> tuple[str, str | None, str | None]:
+    """(message, param, code) of pydantic's errors: the first one."""
+    first = next(iter(errors))
+    where = [ascii(str(part))[1:-1] for part in first["loc"] if part != "body"]
+    kind, message = first["type"], first["msg"]
+    if kind in ("unsupported_parameter", "unknown_parameter", "invalid_value"):
+        return message, first["ctx"]["name"], kind
+    if kind == "json_invalid":
+        return f"We could not parse the JSON body of your request: {first['ctx']['error']}", None, "json_invalid"
+    if kind == "invalid_unicode":
+        return message, None, kind
+    if not where:
+        return "the body must be a JSON object, sent with the header content-type: application/json", None, None
+    if kind == "missing":
+        return f"you must provide a {where[-1]} parameter", ".".join(where), "missing_required_parameter"
+    return f"{'.'.join(where)}: {message}", where[0], "invalid_value"

@@ -1,0 +1,105 @@
+"""From an autoregressive checkpoint to a block-diffusion one, and through the training that it is for."""
+
+import json
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from t3d.errors import T3DError
+from t3d.models import FAMILIES, load_model
+from t3d.models.convert import convert
+from t3d.tasks.word_problems import build_tokenizer
+from tests.models.helpers import logits
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
+
+
+def autoregressive(folder, kind="qwen3", spare=8, tie=False, eos=None):
+    """A Qwen3 checkpoint as transformers writes it; its tokenizer has no mask token."""
+    config, model = KINDS[kind]
+    tokenizer = build_tokenizer()
+    tokenizer.mask_token = None
+    torch.manual_seed(0)
+    made = model(
+        config(**SHAPE, vocab_size=len(tokenizer) + spare, tie_word_embeddings=tie, eos_token_id=tokenizer.pad_token_id)
+    )
+    if eos:
+        made.generation_config.eos_token_id = eos
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return made, tokenizer
+
+
+@pytest.mark.parametrize("spare", [8, 0])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_the_same_but_for_the_mask(tmp_path, kind, tie, spare):
+    source, tokenizer = autoregressive(tmp_path / "ar", kind, spare, tie)
+    words = len(tokenizer)
+    convert(tmp_path / "ar", tmp_path / "bd", block_size=8, mask_token="<mask>")
+    model, again = load_model(tmp_path / "bd")
+    assert type(model) is FAMILIES["sdar" if kind == "qwen3" else "sdar_moe"]
+    assert (model.config.block_size, model.config.mask_token_id) == (8, words)
+    assert again.mask_token_id == words
+    assert model.config.vocab_size == words + max(spare, 1)
+    for name, weight in source.state_dict().items():
+        found = model.state_dict()[name]
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(found[:words], weight[:words])
+            torch.testing.assert_close(found[words], weight[:words].mean(0))
+        else:
+            assert torch.equal(found, weight)
+    config = json.loads((tmp_path / "bd" / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+
+
+def test_the_tokenizers_own_mask_token_is_taken_and_all_stop_ids(tmp_path):
+    _, tokenizer = autoregressive(tmp_path / "ar", eos=[9, 10])
+    tokenizer.mask_token = "<|MASK|>"
+    tokenizer.save_pretrained(tmp_path / "ar")
+    convert(tmp_path / "ar", tmp_path / "bd")
+    model, again = load_model(tmp_path / "bd")
+    assert model.config.mask_token_id == again.mask_token_id == tokenizer.convert_tokens_to_ids("<|MASK|>")
+    end, pad = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.pad_token_id
+    assert model.generation_config.eos_token_id == [end, 9, 10, pad]  # the end of a turn first
+    assert model.generation_config.pad_token_id == pad
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: None, "block_size must be at least 1"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+            "cannot be converted .can: qwen3, qwen3_moe",
+        ),
+        (lambda f: [p.unlink() for p in f.glob("*token*")], "no tokenizer"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "model.safetensors"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path, damage, words):
+    autoregressive(tmp_path / "ar")
+    damage(tmp_path / "ar")
+    with pytest.raises(T3DError, match=words) as error:
+        convert(tmp_path / "ar", tmp_path / "bd", block_size=0 if "block_size" in words else 4)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["ar"]
+
+
+def test_a_converted_model_is_one_already_loaded(tmp_path):
+    autoregressive(tmp_path / "ar")
+    model, _ = convert(tmp_path / "ar", tmp_path / "bd")
+    assert torch.equal(logits(model), logits(load_model(tmp_path / "bd")[0]))

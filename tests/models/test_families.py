@@ -1,0 +1,159 @@
+"""Every family: the published layout on disk, and the same decoding and training as any other."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from t3d.decoding import DecodingConfig
+from t3d.distill import T3DConfig, T3DTrainer
+from t3d.engine import Engine
+from t3d.errors import T3DError
+from t3d.models import FAMILIES, load_model, save_model
+from tests.conftest import make_model
+from tests.engine.reference import reference_decode
+from tests.models.helpers import logits
+
+EVERY = sorted(FAMILIES)
+PLAIN = {"sdar": (Qwen3Config, Qwen3ForCausalLM), "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
+
+
+def names(folder) -> set[str]:
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= set(file.keys())
+    return found
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("shards", ["5GB", "30KB"])
+@pytest.mark.parametrize("family", EVERY)
+def test_save_and_load_give_identical_logits(tmp_path, family, shards, tie):
+    model = make_model(family=family, tie=tie)
+    save_model(model, tmp_path / "m", max_shard_size=shards)
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shards == "30KB")
+    again, _ = load_model(tmp_path / "m")
+    assert type(again) is FAMILIES[family]
+    assert torch.equal(logits(again), logits(model))
+    half, _ = load_model(tmp_path / "m", dtype="bfloat16")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_files_have_the_published_layout(tmp_path, family):
+    """Names and keys as transformers 4, SGLang and LMDeploy look for them."""
+    model = make_model(family=family, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    save_model(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["model_type"] == family
+    assert config["architectures"] == [{"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}[family]]
+    assert (config["rope_theta"], config["rope_scaling"], config["torch_dtype"]) == (1e6, None, "float32")
+    found = names(tmp_path / "m")
+    part = "mlp.experts.3." if family == "sdar_moe" else "mlp."
+    assert {f"model.layers.1.{part}{name}_proj.weight" for name in ("gate", "up", "down")} <= found
+    if family == "sdar_moe":
+        assert config["num_experts"] == 4
+        assert "model.layers.1.mlp.gate.weight" in found
+    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in found)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_weights_of_the_autoregressive_model_mean_the_same(tmp_path, family):
+    """An independent writer: transformers' own Qwen3 classes, whose layout the published checkpoints have."""
+    config, plain = PLAIN[family]
+    ours = make_model(family=family)
+    settings = {k: v for k, v in ours.config.to_dict().items() if k not in ("model_type", "architectures")}
+    theirs = plain(config(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    theirs.save_pretrained(tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "config.json").read_text()) | {"model_type": family, "mask_token_id": 63}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
+    assert torch.equal(logits(load_model(tmp_path / "m")[0]), logits(ours))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_selected_logits_are_the_full_logits_there(family):
+    model = make_model(family=family)
+    ids, select = torch.randint(0, 60, (1, 12)), torch.tensor([11, 2, 7])
+    full = model(ids).logits[0]
+    torch.testing.assert_close(model(ids, select=select), full[select])
+    doubled = model(ids, select=select, head=lambda hidden, weight: 2 * hidden @ weight.T)
+    torch.testing.assert_close(doubled, 2 * full[select])
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("family", EVERY)
+def test_the_engine_decodes_as_the_plain_sampler(family, block_size):
+    model, rng = make_model(family=family, block_size=block_size), random.Random(1)
+    prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 21))] for _ in range(6)]
+    config = DecodingConfig(steps=(block_size + 1) // 2, max_tokens=10, temperature=1.0, stop_ids=(1, 5))
+    for trajectory, prompt in zip(Engine(model, max_batch_size=4).generate(prompts, config), prompts, strict=True):
+        ids, steps, *_ = reference_decode(model, prompt, config, trajectory.seed, (1, 5))
+        assert (trajectory.response_ids, trajectory.step_map) == (ids, steps)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_two_training_steps_change_every_weight_and_can_be_saved(tmp_path, family):
+    model, rng = make_model(family=family), random.Random(2)
+    prompts = [[rng.randrange(6, 60) for _ in range(5)] for _ in range(8)]
+    data = Engine(model).generate(prompts, DecodingConfig(max_tokens=24, stop_ids=(1,)))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    args = T3DConfig(
+        output_dir=str(tmp_path / "train"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
+        round_interval=1, lr_scheduler_type="constant", use_cpu=True, report_to=[], save_strategy="no",
+    )  # fmt: skip
+    T3DTrainer(model, args, data).train()
+    same = [name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])]
+    assert same == []
+    save_model(model, tmp_path / "student")
+    assert torch.equal(logits(load_model(tmp_path / "student")[0]), logits(model.eval()))
+
+
+def test_what_no_family_can_do_is_refused(tmp_path):
+    save_model(make_model(), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    for changes, words in (
+        ({"model_type": "llama"}, "'llama' is not supported .supported: sdar, sdar_moe.$"),
+        ({"model_type": "qwen3"}, "t3d convert"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        with pytest.raises(T3DError, match=words) as error:
+            load_model(tmp_path / "m")
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_no_layer_takes_are_said(tmp_path, caplog, monkeypatch):
+    from t3d.log import log
+
+    monkeypatch.setattr(log, "propagate", True)
+    save_model(make_model(tie=True), tmp_path / "m")
+    load_model(tmp_path / "m")
+    assert not caplog.records
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}))
+    load_model(tmp_path / "m")
+    assert "model.layers.1.input_layernorm.weight" in caplog.text
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_in_the_files_of_a_model_with_tied_embeddings(tmp_path, factor):
+    """Published either way. If it differs from the embedding, it counts, and what is saved says so."""
+    save_model(make_model(tie=True), tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["lm_head.weight"] = factor * weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(tmp_path / "m")
+    torch.testing.assert_close(logits(model), factor * logits(make_model(tie=True)))
+    save_model(model, tmp_path / "n")
+    config = json.loads((tmp_path / "n" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (factor == 1)
+    assert ("lm_head.weight" in names(tmp_path / "n")) is (factor == 2)
+    assert torch.equal(logits(load_model(tmp_path / "n")[0]), logits(model))
