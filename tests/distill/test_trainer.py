@@ -111,7 +111,7 @@ def test_the_reference_is_replaced_at_round_boundaries_only(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             same = all(
                 torch.equal(a, b)
-                for a, b in zip(trainer.model.parameters(), trainer.reference.parameters(), strict=True)
+                for a, b in zip(trainer.model.parameters(), trainer.reference.model.parameters(), strict=True)
             )
             seen.append(same)
 
@@ -125,7 +125,7 @@ def test_round_interval_zero_keeps_the_teacher(tmp_path):
     before = weights(model)
     trainer = T3DTrainer(model, config(tmp_path, round_interval=0, save_steps=100), trajectories())
     trainer.train()
-    for name, weight in trainer.reference.named_parameters():
+    for name, weight in trainer.reference.model.named_parameters():
         assert torch.equal(weight, before[name])
 
 

@@ -99,6 +99,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def only_pickles(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -109,6 +115,7 @@ def cut(path):
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (only_pickles, "only safetensors are read"),
     ],
 )
 def test_what_is_missing_or_cut_short_is_named(tmp_path, damage, words):

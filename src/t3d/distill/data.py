@@ -79,14 +79,17 @@ class StateDataset(Dataset):
         self.epoch = 0
 
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
-        kept, dropped = range(len(self.trajectories)), {}
-        if self.config.verified_only or self.config.max_length:
-            kept, dropped = [], {"not verified correct": 0, "too long": 0}
-            for i in range(len(self.trajectories)):
+        given = range(len(self.trajectories))
+        kept, dropped = given, {}
+        if self.config.verified_only or self.config.drop_truncated or self.config.max_length:
+            kept, dropped = [], {"not verified correct": 0, "cut at max_tokens": 0, "too long": 0}
+            for i in given:
                 trajectory = self.trajectories[i]
                 tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
                 if self.config.verified_only and not trajectory.correct:
                     dropped["not verified correct"] += 1
+                elif self.config.drop_truncated and trajectory.finish_reason == "length":
+                    dropped["cut at max_tokens"] += 1
                 elif self.config.max_length and tokens > self.config.max_length:
                     dropped["too long"] += 1
                 else:

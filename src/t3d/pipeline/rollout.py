@@ -34,7 +34,7 @@ class Job:
     seed: int
 
 
-def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
+def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
     """A sequence's own seed, `0 .. 2**63 - 1`: of what it is, not of where in a batch or a run it happens to be."""
     digest = hashlib.sha256(f"{base}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -49,22 +49,27 @@ def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
-    """Every response of the rollout, in order."""
+def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0) -> list[Job]:
+    """Every response of the rollout, in order; other seeds in every round."""
     decoding = recipe.rollout.decoding(recipe.seed)
+    base = f"{decoding.seed}/round{number}" if number else decoding.seed
     return [
-        Job(problem, prompt, sample, sequence_seed(decoding.seed, problem.id, sample))
+        Job(problem, prompt, sample, sequence_seed(base, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
         for sample in range(decoding.n)
     ]
 
 
-def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends."""
-    if recipe.rollout.source is not None:
+def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> None:
+    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends.
+
+    number: of the round; the later ones go to RUN/rollout-1, RUN/rollout-2, ...
+    """
+    if recipe.rollout.source is not None and not number:
         adopt(run, recipe, inputs)
         return
-    work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
+    folder = run / (f"rollout-{number}" if number else "rollout")
+    work, decoding = rollout_jobs(recipe, inputs, number), replace(recipe.rollout.decoding(recipe.seed), n=1)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
     model, tokenizer = inputs.teacher
     metadata = {
@@ -72,12 +77,12 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": prompts,
-        "recipe": settings(recipe, "rollout"),
+        "recipe": settings(recipe, "rollout") | ({"round": number} if number else {}),
         "versions": versions(),
     }
     with (
         closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
-        TrajectoryWriter(run / "rollout", metadata, shard_size=recipe.rollout.save_every) as writer,
+        TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,
     ):
         done = writer.done()
         todo = [job for job in work if (job.problem.id, job.sample) not in done]
@@ -87,7 +92,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
                     writer.write(trajectory)
                 bar.update(len(answers))
                 bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
-    _say(TrajectoryDataset(run / "rollout"))
+    _say(TrajectoryDataset(folder))
 
 
 def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[list[Trajectory]]:
