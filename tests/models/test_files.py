@@ -152,6 +152,13 @@ def test_code_of_the_source_is_carried_over_and_never_run(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_model_that_was_not_loaded_brings_nothing_of_the_working_folder(tmp_path, monkeypatch):
+    save_model(make_model(), tmp_path / "here")
+    monkeypatch.chdir(with_code(tmp_path / "here"))
+    save_model(make_model(), tmp_path / "m")
+    assert not list((tmp_path / "m").glob("*.py"))
+
+
 def test_code_that_is_not_there_is_not_promised(tmp_path):
     save_model(make_model(), tmp_path / "source")
     with_code(tmp_path / "source")
