@@ -346,7 +346,7 @@ def import_command(
 def serve_command(
     models: Annotated[
         list[str],
-        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL...", show_default=False),
+        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
     ],
     host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
         "127.0.0.1"
@@ -384,7 +384,7 @@ def serve_command(
     """
     try:
         from t3d.serve.server import serve
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
     from t3d.decoding import load_decoding
     from t3d.log import to_terminal

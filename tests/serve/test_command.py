@@ -2,11 +2,13 @@
 
 import shutil
 import socket
+import sys
 
 import httpx2
 import pytest
 from e2e.program import Program
 
+from t3d.cli import main
 from t3d.errors import T3DError
 from t3d.models.recommended import recommend
 from t3d.serve.config import ServeConfig, read_key
@@ -57,6 +59,16 @@ def test_the_key_may_come_from_the_environment(monkeypatch, tmp_path):
     assert read_key(tmp_path / "key") == "from-file"
     monkeypatch.setenv("T3D_API_KEY", "")
     assert read_key(None) is None
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("t3d.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit) as done:
+        main(["serve", "embedded"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err == "error: t3d serve needs uvicorn; install it with: pip install 't3d[serve]'\n"
 
 
 def test_a_checkpoint_says_how_it_is_decoded(start, tiny, tmp_path_factory, refuse):
