@@ -4,7 +4,9 @@
 
 The plain sampler does what SDAR's own generate.py does: one sequence, transformers' forward with a DynamicCache, `S`
 denoising forwards per block and one more that stores the finished block. Both must give the same tokens. A ratio is the
-engine's tokens per second over the plain sampler's; each round measures both, and the table shows medians.
+engine's tokens per second over the plain sampler's; each round measures both, and the table shows medians. `bound` is
+what the engine would reach if a forward took no longer than its products with the model's weights, timed in the same
+round.
 
 `--memory` instead decodes 256 requests of mixed length through a cache of 1/8 of what they need at once, and compares
 the results and the memory with those of an unbounded run.
@@ -80,13 +82,38 @@ def plain_sampler(model, prompt: list[int], new: int, steps: int) -> list[int]:
     return out
 
 
+@torch.inference_mode()
+def product_seconds(model, tokens: int, logits: int) -> float:
+    """Time of a forward's products with weights: `tokens` through every layer, the head for `logits` of them."""
+    layers = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device=w.device, dtype=w.dtype) for w in layers}
+    hidden = inputs[model.config.hidden_size][:logits]
+    start = time.perf_counter()
+    for weight in layers:
+        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+    torch.nn.functional.linear(hidden, model.lm_head.weight)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def bound(model, batch: int, steps: int) -> float:
+    """Tokens per second by products with weights alone; a block's first step carries the block before it."""
+    seconds, masked = 0.0, BLOCK
+    for step in range(steps):
+        seconds += product_seconds(model, batch * BLOCK * (2 if step == 0 else 1), batch * masked)
+        masked -= BLOCK // steps + (step < BLOCK % steps)
+    return batch * BLOCK / seconds
+
+
 def measure(model, batch: int, steps: int, rounds: int) -> dict:
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 8000, (batch, PROMPT), generator=generator).tolist()
     config = DecodingConfig(steps=steps, max_tokens=NEW, stop_ids=())
     engine = Engine(model, max_batch_size=batch)
     engine.generate(prompts[:1], config)
-    plain_rates, engine_rates, equal = [], [], 0
+    plain_rates, engine_rates, bounds, equal = [], [], [], 0
+    bound(model, batch, steps)
     for number in range(rounds):
         start = time.perf_counter()
         plain = plain_sampler(model, prompts[number % batch], NEW, steps)
@@ -94,12 +121,14 @@ def measure(model, batch: int, steps: int, rounds: int) -> dict:
         start = time.perf_counter()
         results = engine.generate(prompts, config)
         engine_rates.append(batch * NEW / (time.perf_counter() - start))
+        bounds.append(statistics.median(bound(model, batch, steps) for _ in range(5)))
         equal += results[number % batch].response_ids == plain
     return {
         "batch": batch,
         "steps": steps,
         "plain": round(statistics.median(plain_rates), 1),
         "engine": round(statistics.median(engine_rates), 1),
+        "bound": round(statistics.median(bounds), 1),
         "ratio": round(statistics.median(e / p for e, p in zip(engine_rates, plain_rates, strict=True)), 2),
         "equal": f"{equal}/{rounds}",
     }
@@ -163,13 +192,14 @@ def main() -> None:
 
 
 def measure_all(model, options) -> list[dict]:
-    print(f"{'batch':>5} {'steps':>5} {'plain tok/s':>12} {'engine tok/s':>13} {'ratio':>7} {'equal':>7}")
+    line = "{batch:>5} {steps:>5} {plain:>9} {engine:>9} {bound:>9} {ratio:>7} {equal:>7}"
+    names = ("batch", "steps", "plain", "engine", "bound", "ratio", "equal")
+    print(line.format(**{name: name for name in names}) + "   (tokens/s)")
     rows = []
     for batch in options.batch:
         for steps in options.steps:
-            row = measure(model, batch, steps, options.rounds)
-            rows.append(row)
-            print("{batch:>5} {steps:>5} {plain:>12} {engine:>13} {ratio:>6}x {equal:>7}".format(**row), flush=True)
+            rows.append(measure(model, batch, steps, options.rounds))
+            print(line.format(**rows[-1]), flush=True)
     return rows
 
 

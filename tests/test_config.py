@@ -1,5 +1,7 @@
 """The recipe: what is accepted, what it becomes, and the one line that says what is wrong with it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -160,3 +162,22 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
         assert str(error).startswith(f"here: {key.dotted} must be ")  # noqa: PT017
     else:
         assert taken == value or list(taken) == value
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_ours_is_one(path, tmp_path):
+    values = yaml.safe_load(path.read_text())
+    left_open = [
+        f"{s}.{k}=x" for s, keys in values.items() if isinstance(keys, dict) for k, v in keys.items() if v == "???"
+    ]
+    found = load_recipe(path, left_open)
+    assert found.run_dir.startswith("runs/")
+    if path.stem.startswith("sdar-"):  # as published, on 8 GPUs
+        train = found.train
+        assert 8 * train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 256
+        assert (train["alpha"], train["beta"], train["path_lambda"], train["path_k"]) == (0.5, 0.1, 0.2, 4)
+        assert (train["mask_exponent"], train["round_interval"], train["learning_rate"]) == (8, 10, 1e-5)
+        assert (train["lr_scheduler_type"], found.rollout.temperature) == ("cosine_with_min_lr", 0.1)

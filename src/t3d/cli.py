@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except T3DError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -126,6 +127,8 @@ def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str |
 
     to_terminal()
     run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if stage in (None, "eval"):
         from rich.console import Console
 
@@ -170,6 +173,25 @@ def config_command(
     from t3d.config import describe, load_recipe
 
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+) -> None:
+    """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
+    from rich.console import Console
+
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+    from t3d.plan import plan, table
+
+    to_terminal()
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
 
 
 @app.command("calibrate")
@@ -299,6 +321,27 @@ def export_command(
         print(command(out, engine))
 
 
+@app.command("import")
+def import_command(
+    file: Annotated[
+        Path, typer.Argument(help="rollout JSON of the authors' release", metavar="FILE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of trajectories to write", metavar="OUT", show_default=False)],
+    tokenizer: Annotated[str, typer.Option(help="checkpoint that decoded them", show_default=False)],
+    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the checkpoint's own")] = None,
+) -> None:
+    """Make trajectories of another program's rollouts: text is tokenised again, what does not line up left out."""
+    from t3d.embedded import checkpoint
+    from t3d.log import to_terminal
+    from t3d.models.load import generation_ids
+    from t3d.trajectories.upstream import describe, import_rollouts
+
+    to_terminal()
+    words, stops, size = generation_ids(checkpoint(tokenizer))
+    found = import_rollouts(file, out, words, stops, block_size or size, metadata={"tokenizer": tokenizer})
+    print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
+
+
 @app.command("serve")
 def serve_command(
     models: Annotated[
@@ -315,10 +358,13 @@ def serve_command(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="default denoising steps per block; unset: the block size")] = None,
-    strategy: Annotated[str, typer.Option(help="default unmasking strategy")] = "low_confidence_static",
-    threshold: Annotated[float, typer.Option(help="default confidence for a dynamic strategy")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="default temperature; 0 is greedy")] = 0.0,
+    steps: Annotated[int | None, typer.Option(help="denoising steps per block, where a request does not say")] = None,
+    strategy: Annotated[str | None, typer.Option(help="unmasking strategy, likewise")] = None,
+    threshold: Annotated[float | None, typer.Option(help="of a dynamic strategy, likewise")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, likewise")] = None,
+    decoding: Annotated[
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+    ] = None,
     max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
@@ -331,16 +377,23 @@ def serve_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
 ) -> None:
-    """Serve models with OpenAI's API, and a page at / where they can be watched and compared."""
+    """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
+
+    Requests that do not say how to decode are decoded as is given here, else as the checkpoint recommends in
+    generation_config.json, else greedily with as many steps as a block has tokens.
+    """
     try:
         from t3d.serve.server import serve
     except ImportError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
-    from t3d.decoding import DecodingConfig
+    from t3d.decoding import load_decoding
     from t3d.log import to_terminal
     from t3d.serve.config import ServeConfig, read_key
 
     to_terminal()
+    given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
+    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings |= {name: value for name, value in given.items() if value is not None}
     config = ServeConfig(
         host=host,
         port=port,
@@ -351,6 +404,6 @@ def serve_command(
         timeout=timeout,
         body_timeout=body_timeout,
         grace=grace,
-        decoding=DecodingConfig(steps=steps, strategy=strategy, threshold=threshold, temperature=temperature),
+        decoding=settings,
     )
     serve(models, config, dtype, device, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens)

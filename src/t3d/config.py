@@ -80,6 +80,7 @@ class RolloutConfig(DecodingConfig):
     temperature: float = _help("0 is greedy", default=0.1)
     seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
     save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
+    source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
 
     def __post_init__(self):
         super().__post_init__()

@@ -20,6 +20,7 @@ def to_terminal() -> None:
     for name in ("transformers", "py.warnings"):
         logging.getLogger(name).propagate = False
         logging.getLogger(name).addHandler(logging.NullHandler())
+    logging.getLogger("DeepSpeed").addFilter(_NotToStdout())
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:
@@ -27,6 +28,14 @@ def to_terminal() -> None:
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+
+
+class _NotToStdout(logging.Filter):
+    """For a library whose own handler writes to stdout, which belongs to results: to the log instead."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        log.debug("%s: %s", record.name, record.getMessage())
+        return False
 
 
 @contextlib.contextmanager

@@ -26,12 +26,12 @@ def _command(arguments: list[str], folder: str, output: str, largest_file: int |
     main(arguments)
 
 
-def assert_same_trajectories(run: Path, other: Path) -> None:
+def assert_same_trajectories(run: Path, other: Path, folder: str = "rollout") -> None:
     """Equal in all that does not depend on what else was in the batch.
 
     What does: the last bits of the confidences, and how many forwards read the prompt.
     """
-    pairs = zip(TrajectoryDataset(run / "rollout"), TrajectoryDataset(other / "rollout"), strict=True)
+    pairs = zip(TrajectoryDataset(run / folder), TrajectoryDataset(other / folder), strict=True)
     for a, b in pairs:
         one, two = (replace(t, confidence=[], nfe=replace(t.nfe, prefill=0)) for t in (a, b))
         assert one == two

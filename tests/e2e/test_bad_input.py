@@ -31,7 +31,7 @@ def refused(done, *said: str) -> None:
         ("task: {num_train: many}", "task.num_train must be int"),
         ("task: {name: word_problem, num_train: 1}", "(did you mean 'word_problems'?)"),
         ("task: {name: word_problems}", "num_train"),
-        ("train: {objective: t4d}", "(did you mean 't3d'?)"),
+        ("train: {objective: t3dd}", "(did you mean 't3d'?)"),
         ("train: {optim: sgdd}", "train: "),
         ("eval: {strategy: [low_confidence]}", "unknown strategy"),
         ("rollout: {steps: 0}", "rollout: steps must be at least 1"),

@@ -1,6 +1,7 @@
 """Checkpoints through the command line: converted, trained, exported, and what a student says of itself."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,8 +9,13 @@ import pytest
 import yaml
 
 from e2e.test_bad_input import refused
+from t3d.config import load_recipe
 from t3d.models import load_model
 from t3d.models.recommended import recommend, recommended
+from t3d.pipeline.card import describe_student
+from t3d.pipeline.folder import RunFolder
+from t3d.trajectories import TrajectoryDataset
+from t3d.trajectories.fingerprint import model_fingerprint
 from tests.conftest import make_model
 from tests.models.test_convert import autoregressive
 
@@ -45,7 +51,7 @@ def test_a_mixture_of_experts_goes_through_a_run(t3d, write_recipe, tiny):
     refused(t3d("run", recipe, "model.architecture.model_type=other", "--force"), "sdar_moe")
 
 
-def test_a_student_says_how_it_was_made_and_how_to_decode_it(finished):
+def test_a_student_says_how_it_was_made(tmp_path, finished):
     run, _ = finished
     text = (run / "student" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
@@ -55,13 +61,39 @@ def test_a_student_says_how_it_was_made_and_how_to_decode_it(finished):
         assert f"| {row['model']} | {row['steps']} step" in text
     for words in ("objective `t3d`", "40 trajectories", "8 optimizer steps", "learning_rate: 0.001", "torch 2"):
         assert words in text
-    best = recommended(run / "student")
-    assert best["strategy"] == "low_confidence_static"
-    assert best["steps"] in (4, 1)
+    again = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(run.parent.parent / "recipe.yaml")
+    assert json.loads((run / "student" / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
+
+
+def test_the_best_setting_is_recommended(tmp_path, finished):
+    source = finished[0]
+    run = shutil.copytree(source, tmp_path / "run")
+    recipe = load_recipe(source.parent.parent / "recipe.yaml")
+    before = model_fingerprint(load_model(run / "student", device="cpu")[0])
+    summary = json.loads((run / "summary.json").read_text())
+
+    def recommend_with(**accuracy) -> dict:
+        for row in summary["rows"]:
+            if row["model"] == "student":
+                value = accuracy[f"steps{row['steps']}"]
+                row["accuracy"], row["ci95"] = value, [max(value - 0.1, 0), min(value + 0.1, 1)]
+        (run / "summary.json").write_text(json.dumps(summary))
+        with RunFolder(run) as folder:
+            describe_student(folder, recipe)
+        return recommended(load_model(run / "student", device="cpu")[0])
+
+    assert recommend_with(steps4=0.0, steps1=0.0) == {}
+    assert recommend_with(steps4=0.8, steps1=0.75)["steps"] == 1  # not worse, and faster
+    assert "recommends **1 step**" in (run / "student" / "README.md").read_text()
+    best = recommend_with(steps4=0.8, steps1=0.65)
+    assert best == {
+        "block_size": 4, "steps": 4, "strategy": "low_confidence_static", "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+    }  # fmt: skip
     generation = json.loads((run / "student" / "generation_config.json").read_text())
-    assert generation["do_sample"] is False
-    assert len(generation["eos_token_id"]) == 2  # as the teacher has them
-    assert recommended(load_model(run / "student", device="cpu")[0]) == best
+    assert (generation["do_sample"], generation["eos_token_id"]) == (False, [1, 0])
+    assert model_fingerprint(load_model(run / "student", device="cpu")[0]) == before
 
 
 def test_generate_decodes_as_the_checkpoint_recommends(t3d, tiny):
@@ -133,3 +165,25 @@ def test_what_cannot_be_exported(t3d, tiny):
     (t3d.folder / "adapter").mkdir()
     (t3d.folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     refused(t3d("export", "adapter", "out"), "add --merge-lora")
+
+
+def test_import_and_train_on_it(t3d, tiny, write_recipe):
+    from tests.trajectories.test_upstream import decoded, lines_up, record
+
+    records = [record(*one) for one in decoded() if lines_up(one[2])]
+    (t3d.folder / "rollouts.json").write_text(json.dumps([*records, records[0] | {"step_map": []}]))
+    done = t3d("import", "rollouts.json", "out", "--tokenizer", str(tiny))
+    assert done.code == 0, done.stderr
+    assert f"out: {len(records)} trajectories, 1 responses dropped: 1 without step_map" in done.stdout
+    assert t3d("show", "out", "--tokenizer", str(tiny)).code == 0
+    recipe = write_recipe(t3d.folder, rollout={"source": "out"}, train={"max_steps": 2})
+    done = t3d("train", recipe)
+    assert done.code == 2  # the rollout stage takes them
+    assert t3d("rollout", recipe).code == 0
+    assert t3d("train", recipe).code == 0
+    rolled = list(TrajectoryDataset(t3d.folder / "runs/recipe/rollout"))
+    assert [t.response_ids for t in rolled] == [t.response_ids for t in TrajectoryDataset(t3d.folder / "out")]
+    refused(t3d("rollout", recipe, "rollout.source=nowhere", "--force"), "nowhere")
+    (t3d.folder / "broken.json").write_text("[{")
+    refused(t3d("import", "broken.json", "none", "--tokenizer", str(tiny)), "broken.json")
+    refused(t3d("import", "rollouts.json", "none", "--tokenizer", "nowhere"), "no such checkpoint folder")

@@ -99,6 +99,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def only_pickles(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -109,6 +115,7 @@ def cut(path):
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (only_pickles, "only safetensors are read"),
     ],
 )
 def test_what_is_missing_or_cut_short_is_named(tmp_path, damage, words):
@@ -175,3 +182,23 @@ def test_a_hub_id_loads_from_the_cache(tmp_path, monkeypatch):
     with pytest.raises(T3DError, match="no checkpoint someone/small: not a folder here") as error:
         load_model("someone/small")
     assert "\n" not in str(error.value)
+
+
+def test_training_in_place_does_not_write_to_the_file_it_was_loaded_from(tmp_path):
+    """Weights may be the mapped file's own pages; what is written to is a copy."""
+    save_model(make_model(), tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    model, _ = load_model(tmp_path / "m")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    save_model(model, tmp_path / "m")  # over the file that is mapped
+    assert torch.equal(logits(load_model(tmp_path / "m")[0]), logits(model))
+
+
+def test_a_stop_token_that_pads_is_trained_too(tmp_path):
+    save_model(make_model(eos_token_id=0), tmp_path / "m")  # config.json: pad_token_id 0
+    model, _ = load_model(tmp_path / "m")
+    model(torch.tensor([[0, 7]])).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].abs().max() > 0

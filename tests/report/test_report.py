@@ -164,14 +164,68 @@ def browse(tmp_path_factory):
         guard = "<script>window.onerror = (m) => { document.title = 'ERROR ' + m; };</script>"
         page = page.replace("<body>", "<body>" + guard).replace("</body>", f"<script>{script}</script></body>")
         (folder / "page.html").write_text(page)
-        flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom"
-        flags += " --disable-component-update --disable-sync --virtual-time-budget=3000"
-        command = [chromium, *flags.split(), f"--user-data-dir={folder / 'profile'}", f"file://{folder}/page.html"]
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += (
+            " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000 --dump-dom"
+        )
+        command = [
+            chromium,
+            *flags.split(),
+            "--dump-dom",
+            f"--user-data-dir={folder / 'profile'}",
+            f"file://{folder}/page.html",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
         return done.stdout
 
     return browse
+
+
+def press(key: str, where: str = "document") -> str:
+    return f"{where}.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true, cancelable: true}}));"
+
+
+def test_the_console_is_looked_at(page, browse):
+    for fault in ("nowhere.click();", "console.error('a message');", "fetch('https://example.org/');"):
+        with pytest.raises(AssertionError, match="CONSOLE"):
+            browse(page, fault)
+
+
+def test_it_works_from_the_keyboard(page, browse):
+    body = "document.body"
+    title = "document.title = [document.getElementById('time').value, document.getElementById('problem').value];"
+
+    def after(*keys):
+        script = "document.getElementById('time').value = 5;" + "".join(press(key, body) for key in keys) + title
+        return re.search("<title>(.*?)</title>", browse(page, script)).group(1)
+
+    assert after("ArrowRight", "ArrowRight", "ArrowLeft") == "6,0"
+    assert after("n", "n", "p").split(",")[1] == "1"
+    playing = press(" ", body) + "document.title = document.getElementById('play').getAttribute('aria-label');"
+    assert "<title>pause</title>" in browse(page, playing)
+    tokens = "document.querySelectorAll('.pane')[0].querySelectorAll('.t')"
+    walk = f"{tokens}[3].focus();" + press("ArrowRight", f"{tokens}[3]")
+    walk += "document.title = document.activeElement.dataset.i + ' ' + document.getElementById('time').value;"
+    found = re.search("<title>(.*?)</title>", browse(page, walk)).group(1).split()
+    assert found[0] == "4"
+    most = re.search(r'id="time"[^>]*max="(\d+)"', browse(page)).group(1)
+    assert found[1] == most  # an arrow on a token moves between tokens, not in time
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_whatever_is_in_it_no_errors_in_the_console(tmp_path, browse, several):
+    """Answers without verdicts, cut ones, steps and confidences that are unknown; one run or two."""
+
+    def change(t):
+        return replace(t, correct=None, finish_reason="length", confidence=[float("nan")] * len(t.confidence))
+
+    runs = [example_run(tmp_path / name, count=2, change=change) for name in (["a", "b"] if several else ["a"])]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    dom = browse(page, "document.getElementById('play').click();" + press("n", "document.body"))
+    assert "not verified" in dom
+    assert "cut at the token limit" in dom
 
 
 def test_the_slider_plays_the_denoising(page, browse):

@@ -1,11 +1,10 @@
 """Deltas join to the whole text, whatever the tokens and the cuts."""
 
 import gzip
-import json
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from serve.conftest import byte_tokenizer
@@ -34,7 +33,7 @@ def tokens(draw):
     return ids, sorted(draw(st.lists(st.integers(0, len(ids)), max_size=12)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tokens())
 def test_deltas_join_to_the_text(case):
     ids, cuts = case
@@ -42,7 +41,7 @@ def test_deltas_join_to_the_text(case):
     assert "".join(deltas) == TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(min_size=1, max_size=12), st.data())
 def test_never_half_a_character(text, data):
     """What is whole in the end has no replacement character on the way."""
@@ -53,7 +52,7 @@ def test_never_half_a_character(text, data):
     assert all(("�" in delta) <= ("�" in text) for delta in deltas)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.text("ab c", max_size=30), st.lists(st.text("ab c", min_size=1, max_size=4), min_size=1, max_size=3), st.data()
 )
@@ -97,16 +96,13 @@ def test_garbage_is_not_held_back_for_ever():
     assert len("".join(got) + texts.finish()) == 4 * 50
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
-def test_a_real_tokenizer(shared_data, size):
-    folder = shared_data / "sdar-4b-chat"
-    spec = json.loads(gzip.decompress((folder / "tokenizer.json.gz").read_bytes()))
-    from tokenizers import Tokenizer
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)))
+def test_a_real_tokenizer(shared_data):
+    spec = gzip.decompress((shared_data / "sdar-4b-chat" / "tokenizer.json.gz").read_bytes())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(spec.decode()))
     text = "Zażółć gęślą jaźń — 你好，世界！ \U0001f469\u200d\U0001f469\u200d\U0001f467"
     text += " x² ≠ ∑ 𝔊<|im_end|>\n\n    def f(x):\treturn x"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    deltas, _ = stream(tokenizer, ids, list(range(size, len(ids), size)))
-    assert "".join(deltas) == tokenizer.decode(ids, skip_special_tokens=True)
-    assert not any("�" in delta for delta in deltas)
+    for size in (1, 3, 4):
+        deltas, _ = stream(tokenizer, ids, list(range(size, len(ids), size)))
+        assert "".join(deltas) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert not any("�" in delta for delta in deltas)

@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 from t3d.distill.states import ORDERS
 from t3d.errors import T3DError, nearest
 
+SPLITS = ("dev", "train", "test")
+
 
 def _help(text: str, default):
     return field(default=default, metadata={"help": text})
@@ -28,6 +30,11 @@ class T3DConfig(TrainingArguments):
         "replace the reference by the student every this many optimizer steps; 0: never; default: 10 for t3d and ddo, "
         "0 for the others, whose reference is the teacher",
         None,
+    )
+    reference_ema: float = _help("a round keeps this share of the reference's weights; 0: it becomes the student", 0.0)
+    reference_offload: bool = _help("keep the reference on the CPU and bring each layer for its forward", False)
+    rollout_rounds: int = _help(
+        "1: learn from the teacher's rollouts; K: after each K-th of the steps the student rolls out anew", 1
     )
     mask_exponent: float = _help("mask ratios are drawn from {1, .75, .5, .25} with probability ~ ratio ** this", 8.0)
     mask_per_block: bool = _help("draw the mask ratio for every block instead of once per sequence", False)
@@ -82,6 +89,22 @@ class T3DConfig(TrainingArguments):
         "only what is seen (block_sdpa, flex_attention), else into rows as long as its longest trajectory",
         0,
     )
+    drop_truncated: bool = _help("drop trajectories that did not stop by themselves", False)
+    lora_rank: int = _help("train adapters of this rank (LoRA, needs t3d[lora]); 0: all weights", 0)
+    lora_alpha: float = _help("the adapters' output is scaled by this / rank; 0: twice the rank", 0.0)
+    lora_dropout: float = _help("dropout before the adapters", 0.0)
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "names of the layers with adapters, e.g. [q_proj, v_proj]; 'all-linear': all but the head"},
+    )
+    lora_4bit: bool = _help("hold the frozen weights in 4 bits (QLoRA, needs t3d[qlora] and a GPU)", False)
+    eval_every: int = _help("decode held-out problems every this many optimizer steps; 0: never", 0)
+    eval_problems: int = _help("how many of them", 64)
+    eval_split: str = _help("which: dev, or train or test, of the task; dev is not what `t3d eval` measures", "dev")
+    eval_block_steps: list[int] = field(
+        default_factory=lambda: [2, 1], metadata={"help": "denoising steps per block of these evaluations"}
+    )
+    keep_best: bool = _help("with eval_every: the student is the most accurate checkpoint, not the last", True)
 
     # TrainingArguments' own, with other defaults
     learning_rate: float = _help("peak learning rate", 1e-5)
@@ -94,6 +117,7 @@ class T3DConfig(TrainingArguments):
     save_steps: float = _help("save a checkpoint every this many optimizer steps", 100)
     save_total_limit: int | None = _help("checkpoints to keep", 2)
     remove_unused_columns: bool = _help("kept off: a batch is made of trajectories, not of columns", False)
+    ddp_find_unused_parameters: bool | None = _help("kept off: every weight has a gradient", False)
 
     def __post_init__(self):
         from t3d.distill.objectives import OBJECTIVES
@@ -150,9 +174,29 @@ class T3DConfig(TrainingArguments):
             self.round_interval = OBJECTIVES[self.objective].round_interval
         check(self.round_interval >= 0, f"round_interval must not be negative, got {self.round_interval}")
         check(self.reference_temperature >= 0, "reference_temperature must not be negative")
+        check(0 <= self.reference_ema < 1, f"reference_ema must lie in 0..1, below 1, got {self.reference_ema}")
+        check(
+            not self.reference_ema or self.round_interval, "reference_ema needs rounds: set round_interval, e.g. to 1"
+        )
+        check(self.rollout_rounds >= 1, f"rollout_rounds must be at least 1, got {self.rollout_rounds}")
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "eval_every"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        check(self.lora_dropout < 1, f"lora_dropout must be below 1, got {self.lora_dropout}")
+        check(
+            self.lora_rank or not self.lora_4bit, "lora_4bit needs lora_rank: the 4-bit weights themselves are frozen"
+        )
+        check(self.lora_targets, "lora_targets must not be empty")
+        check(self.eval_problems >= 1, f"eval_problems must be at least 1, got {self.eval_problems}")
+        check(self.eval_split in SPLITS, f"eval_split is one of {', '.join(SPLITS)}, got {self.eval_split!r}")
+        check(
+            self.eval_block_steps and min(self.eval_block_steps) >= 1,
+            f"eval_block_steps are numbers of at least 1, got {self.eval_block_steps}",
+        )
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         self.use_muon = self.optim == "muon"
         if self.use_muon:
             self.optim = "adamw_torch"  # what transformers checks; T3DTrainer.create_optimizer builds Muon
+        if self.eval_every:
+            self.metric_for_best_model, self.greater_is_better = "accuracy", True
         super().__post_init__()

@@ -1,7 +1,7 @@
 """From trajectories to training batches: `[clean tokens | noisy copies of the blocks that hold response tokens]`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,10 +45,17 @@ class TrainingBatch:
     block: Tensor
     item: Tensor
     block_size: int
+    _masks: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layout(self) -> Layout:
         return Layout(self.document, self.copy, self.position, self.block_size)
+
+    def attention_mask(self, implementation: str):
+        """`Layout.attention_mask`, made once for all models."""
+        if implementation not in self._masks:
+            self._masks[implementation] = self.layout.attention_mask(implementation)
+        return self._masks[implementation]
 
     def to(self, device) -> "TrainingBatch":
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
@@ -79,14 +86,17 @@ class StateDataset(Dataset):
         self.epoch = 0
 
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
-        kept, dropped = range(len(self.trajectories)), {}
-        if self.config.verified_only or self.config.max_length:
-            kept, dropped = [], {"not verified correct": 0, "too long": 0}
-            for i in range(len(self.trajectories)):
+        given = range(len(self.trajectories))
+        kept, dropped = given, {}
+        if self.config.verified_only or self.config.drop_truncated or self.config.max_length:
+            kept, dropped = [], {"not verified correct": 0, "cut at max_tokens": 0, "too long": 0}
+            for i in given:
                 trajectory = self.trajectories[i]
                 tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
                 if self.config.verified_only and not trajectory.correct:
                     dropped["not verified correct"] += 1
+                elif self.config.drop_truncated and trajectory.finish_reason == "length":
+                    dropped["cut at max_tokens"] += 1
                 elif self.config.max_length and tokens > self.config.max_length:
                     dropped["too long"] += 1
                 else:

@@ -1,41 +1,66 @@
 """`T3DTrainer`: transformers' Trainer fed with states of trajectories, beside a frozen reference."""
 
-import copy
 import math
+import resource
 import sys
-from collections import defaultdict
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
+from t3d.blocks import PADDING
 from t3d.decoding import DecodingConfig
+from t3d.decoding.sampling import derive_seed
+from t3d.distill.averages import Averages, means
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.logprobs import choose_tokens
+from t3d.distill.lora import STUDENT, add_adapter, merged, plain
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
 from t3d.distill.recompute import recompute_cheap
+from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.sampler import DrawSampler
+from t3d.distill.sharding import Sharding
 from t3d.engine import Engine
 from t3d.errors import T3DError
+from t3d.models import FAMILIES, save_model
+from t3d.trajectories.fingerprint import tokenizer_fingerprint
 
-REFERENCE_FILE = "reference.safetensors"
+ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
 
 
 class T3DTrainer(Trainer):
     """Train `model` on trajectories with the objective that `args` names.
 
     train_dataset: a sequence of `Trajectory` (a list, or a `TrajectoryDataset` that reads from the store).
-    reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now.
-    Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming.
+    reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now, or with
+    LoRA `model` without its adapter.
+    held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
+    Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming, and
+    several processes under `accelerate launch` or `torchrun`.
     """
 
-    def __init__(self, model, args: T3DConfig, train_dataset, reference=None, processing_class=None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        args: T3DConfig,
+        train_dataset,
+        reference: nn.Module | None = None,
+        processing_class=None,
+        held_out: Callable | None = None,
+        **kwargs,
+    ):
         self.objective = OBJECTIVES[args.objective]
         self.mask_id = model.config.mask_token_id
+        self.held_out = held_out
+        _check_tokenizer(train_dataset, processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
             train_dataset,
@@ -45,13 +70,19 @@ class T3DTrainer(Trainer):
             min(vocabulary, model.config.vocab_size),
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+        if args.lora_rank and not hasattr(model, "peft_config"):
+            model = add_adapter(model, args)
         for network in (model, reference):
-            if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
-                network.set_attn_implementation("block_sdpa")
+            if network is not None:
+                network = plain(network)
+                head = network.get_output_embeddings()
+                head.__class__ = Head
+                if args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
+                    network.set_attn_implementation("block_sdpa")
         cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu")
         if cheap and not args.gradient_checkpointing:
-            recompute_cheap(model)
-        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
+            recompute_cheap(plain(model))
+        one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
@@ -65,64 +96,190 @@ class T3DTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the micro-batch; Trainer averages those
-        self.reference = None
+        self.sharding = Sharding(self.accelerator)
+        if args.use_muon and (self.sharding.sharded or self.sharding.zero):
+            raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
+        self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up
+        self.reference: Reference | None = None
         if self.objective.needs_reference:
-            self.reference = (reference if reference is not None else copy.deepcopy(model)).requires_grad_(False).eval()
-            self.reference.to(self.args.device)
-            if args.round_interval:
-                self.add_callback(_RefreshReference(self))
-        self._logged: dict[str, list[float]] = defaultdict(list)
+            self.reference = self._make_reference(reference)
+            self.add_callback(_Rounds(self))
+        if args.eval_every:
+            if held_out is None:
+                raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
+            self.add_callback(_Evaluate())
+        self._averages = Averages()
+        self._tokens, self._since = 0, None  # seen since the last log, and when that was
+        self._decoder: nn.Module | None = None
+        self._resumed: str | None = None
+
+    def _make_reference(self, given: nn.Module | None) -> Reference:
+        args = self.args
+        if args.reference_offload and self.sharding.sharded:
+            raise T3DError(
+                "train.reference_offload is for a reference that is whole on every GPU; here it is sharded, and its "
+                "shards can be offloaded by accelerate's own settings"
+            )
+        if given is None and hasattr(self.model, "peft_config"):
+            return AdapterReference(self.model, self.sharding, own_adapter=args.round_interval > 0)
+        return Reference(given if given is not None else copy_of(self.model), self.sharding, args.reference_offload)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._resumed = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch's prompts with responses that the student decodes now, in few steps (for on-policy objectives)."""
-        rng = np.random.default_rng([self.args.seed, self.state.global_step, self.args.process_index])
-        given = [self.train_dataset.trajectory(item) for item in batch.item.tolist()]
-        prompts = [trajectory.prompt_ids for trajectory in given]
+        """The batch's prompts with responses that the student decodes now, in few steps (for on-policy objectives).
+
+        They depend on the step and on each prompt's place in the dataset, not on which process has it.
+        """
+        base, items = [self.args.seed, self.state.global_step], batch.item.tolist()
+        given = [self.train_dataset.trajectory(item) for item in items]
         decoding = DecodingConfig(
-            steps=min(int(rng.choice(self.args.on_policy_steps)), batch.block_size),
+            steps=min(int(np.random.default_rng(base).choice(self.args.on_policy_steps)), batch.block_size),
             temperature=self.args.on_policy_temperature,
             max_tokens=max(len(trajectory.response_ids) for trajectory in given),
         )
-        seeds = [int(seed) for seed in rng.integers(0, 2**62, len(prompts))]
-        trajectories = Engine(self.model, max_batch_size=len(prompts)).generate(prompts, decoding, seeds=seeds)
-        examples = [self.train_dataset.states(trajectory, rng) for trajectory in trajectories]
+        engine = Engine(self.decoder(), max_batch_size=len(given))
+        seeds = [derive_seed(*base, item) for item in items]
+        trajectories = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
+        examples = [
+            self.train_dataset.states(trajectory, np.random.default_rng([*base, item]))
+            for trajectory, item in zip(trajectories, items, strict=True)
+        ]
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
 
+    def decoder(self) -> nn.Module:
+        """The student as it is now, in a form that the engine can decode with; every process must call it."""
+        if not self.sharding.sharded:
+            return plain(self.sharding.unwrap(self.model))
+        if hasattr(self.sharding.unwrap(self.model_wrapped), "peft_config"):
+            raise T3DError(
+                f"an adapter on a model sharded by {self.sharding.name} cannot be decoded while it is trained; use "
+                "DDP, or leave out train.eval_every and objectives that decode"
+            )
+        if self._decoder is None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+            self._decoder = _empty_like(self.sharding.unwrap(self.model_wrapped), self.args.device, dtype)
+        own = dict(self._decoder.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.sharding.whole_weights(self.model_wrapped):
+                own[name].copy_(weight)
+        return self._decoder
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and over how many units of the objective the step's loss is a mean."""
+        if self._since is None:
+            self._since = time.monotonic()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        units = torch.tensor(sum(self._units(batch) for batch in batches), dtype=torch.float64, device=device)
+        return batches, self.accelerator.reduce(units, "sum").item()
+
+    def _units(self, inputs: dict) -> int:
+        if self.objective.unit == "token":
+            return len(inputs["select"])
+        return int(inputs[self.objective.unit].max()) + 1 if len(inputs["select"]) else 0
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = TrainingBatch(**inputs)
+        batch, units = TrainingBatch(**inputs), self._units(inputs)
         if self.objective.on_policy and turns(self.state.global_step, self.args.on_policy_share):
             batch = self._own_contexts(batch)
-        implementation = self.model.config._attn_implementation
+        implementation = plain(self.sharding.unwrap(model)).config._attn_implementation
 
-        def forward(network, head, batch=batch):
-            mask = batch.layout.attention_mask(implementation)
-            return network(
+        def forward(network: nn.Module, head, batch=batch):
+            module = plain(self.sharding.unwrap(network)).get_output_embeddings()
+            mask = batch.attention_mask(implementation)
+            if (
+                isinstance(mask, Tensor) and mask.dtype == torch.bool
+            ):  # else every layer would keep one of its own, made of the boolean one
+                half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
+                mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
+            result = network(
                 input_ids=batch.input_ids,
                 attention_mask=mask,
                 position_ids=batch.position,
                 select=batch.select,
-                head=head,
+                head=lambda hidden, _: module(hidden, head),
             )
+            if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):
+                raise T3DError(
+                    f"objective {self.args.objective!r} uses the language-model head outside of the forward, when "
+                    "ZeRO 3 has it in shards again; use fsdp2 or zero2"
+                )
+            return result
+
+        def student(head):
+            return forward(model, self._watched(head, batch) if self._is_logged() else head)
 
         def reference(head, *other):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                return forward(self.reference, head, *other)
+            with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
+                return forward(network, head, *other)
 
-        loss, metrics = self.objective.loss(batch, partial(forward, model), reference, self.args, self.mask_id)
-        if not math.isfinite(loss.item()):
-            raise T3DError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower train.learning_rate, "
-                f"or continue from the last checkpoint in {self.args.output_dir}"
-            )
-        for name, value in metrics.items():
-            self._logged[name].append(value.item())
+        if len(batch.select):
+            loss, metrics = self.objective.loss(batch, student, reference, self.args, self.mask_id)
+        else:  # nothing is masked; the other processes wait for this one's gradients all the same
+            loss, metrics = forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0), {}
+        self._check(loss, batch)
+        for name, value in metrics.items():  # means over the loss's units, or over positions
+            count = units if name.startswith(("loss/", "margin/")) else len(batch.select)
+            self._averages.add(name, value * count, count)
+        self._tokens += int((batch.document != PADDING).sum())
+        if num_items_in_batch:  # Trainer divides by the accumulation, the backend by the processes: undo both
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss * (units * parts / num_items_in_batch)
         return loss
 
+    def _is_logged(self) -> bool:
+        """Whether the step being computed is the last before something is logged."""
+        return self.state.logging_steps and (self.state.global_step + 1) % self.state.logging_steps == 0
+
+    def _watched(self, head, batch: TrainingBatch):
+        """The head, noting too how often the student's own choice is the trajectory's token, by commit rank."""
+
+        def watched(hidden: Tensor, weight: Tensor):
+            with torch.no_grad():
+                right = (choose_tokens(hidden.detach(), weight.detach(), self.mask_id) == batch.target).float()
+                size = batch.block_size
+                hits, all_ = (
+                    torch.zeros(size, device=right.device).index_add(0, batch.rank, x)
+                    for x in (right, torch.ones_like(right))
+                )
+            for rank in range(size):
+                self._averages.add(f"accuracy/rank_{rank}", hits[rank], all_[rank])
+            return head(hidden, weight)
+
+        return watched
+
+    def _check(self, loss: Tensor, batch: TrainingBatch) -> None:
+        if not math.isfinite(loss.item()):
+            ids = [self.train_dataset.trajectory(item).prompt_id for item in batch.item.tolist() if item >= 0]
+            more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+            raise T3DError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}, on "
+                f"{', '.join(map(repr, ids[:4]))}{more}; lower train.learning_rate, or continue from the last "
+                f"checkpoint in {self.args.output_dir}"
+            )
+
     def log(self, logs, *args, **kwargs):
-        logs |= {name: sum(values) / len(values) for name, values in self._logged.items()}
-        self._logged.clear()
+        if "loss" in logs:
+            seconds, self._since = time.monotonic() - self._since, time.monotonic()
+            processes = self.accelerator.num_processes
+            self._averages.add("tokens_per_second", self._tokens / seconds * processes)
+            self._averages.add("memory_gb", _peak_memory() / 1e9)
+            self._tokens = 0
+            logs |= self._averages.drain()
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """Metrics of the student on the held-out problems, which the processes share."""
+        parts = self.held_out(self.decoder(), self.accelerator.process_index, self.accelerator.num_processes)
+        metrics = {f"eval_{name}": value for name, value in means(parts).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since = time.monotonic()
+        return metrics
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -136,15 +293,38 @@ class T3DTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.reference is not None and self.args.round_interval and self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            save_file(_owned(self.reference), folder / REFERENCE_FILE)
+        if self.reference is not None and self.args.round_interval:
+            self.reference.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = Path(resume_from_checkpoint) / REFERENCE_FILE
-        if self.reference is not None and saved.exists():
-            self.reference.load_state_dict(load_file(saved), strict=False)
+    def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
+        """Write the student as it is as an ordinary HF folder; every process must call it.
+
+        base: loads the model that training began with, for an adapter to be merged into; the adapter itself goes to
+        the folder ADAPTER beside the checkpoints.
+        """
+        model = self.sharding.unwrap(self.model_wrapped)
+        adapted, weights = hasattr(model, "peft_config"), {}
+        for name, weight in self.sharding.whole_weights(self.model_wrapped):
+            if self.accelerator.is_main_process and (not adapted or f".{STUDENT}." in name):
+                weights[name] = weight.to("cpu", None if adapted else dtype)
+        if not self.accelerator.is_main_process:
+            return
+        if adapted:
+            adapter = Path(self.args.output_dir) / ADAPTER
+            model.save_pretrained(adapter, state_dict=weights, selected_adapters=[STUDENT])
+            student = merged(base(), adapter).to(dtype)
+        else:
+            student = _empty_like(model, "meta", dtype)
+            student.load_state_dict(weights, strict=False, assign=True)
+            student.tie_weights()
+        save_model(student, folder, self.processing_class)
+
+
+class Head(nn.Linear):
+    """A language-model head inside whose forward an objective does its work: there a sharded model has it gathered."""
+
+    def forward(self, hidden: Tensor, head: Callable[[Tensor, Tensor], object] | None = None):
+        return super().forward(hidden) if head is None else head(hidden, self.weight)
 
 
 def turns(step: int, share: float) -> bool:
@@ -152,22 +332,50 @@ def turns(step: int, share: float) -> bool:
     return math.floor((step + 1) * share) > math.floor(step * share)
 
 
-class _RefreshReference(TrainerCallback):
-    """A round ends every `round_interval` optimizer steps: the reference becomes the student."""
+class _Rounds(TrainerCallback):
+    """A round ends every `round_interval` optimizer steps: the reference becomes the student, or moves towards it."""
 
     def __init__(self, trainer: T3DTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._resumed:
+            self.trainer.reference.load(Path(self.trainer._resumed))
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.round_interval == 0:
-            self.trainer.reference.load_state_dict(self.trainer.model.state_dict())
+        if args.round_interval and state.global_step % args.round_interval == 0:
+            self.trainer.reference.refresh(self.trainer.model_wrapped, args.reference_ema)
 
 
-def _owned(model) -> dict[str, torch.Tensor]:
-    """A model's weights without tied doubles, contiguous, as safetensors wants them."""
-    seen, weights = set(), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor.contiguous()
-    return weights
+class _Evaluate(TrainerCallback):
+    """Evaluates every `eval_every` optimizer steps, and saves what was evaluated, so that the best one is there."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step % args.eval_every == 0 or state.global_step >= state.max_steps
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+def _check_tokenizer(dataset, tokenizer) -> None:
+    made_with = getattr(dataset, "metadata", {}).get("tokenizer_fingerprint")
+    if made_with is not None and tokenizer is not None and made_with != tokenizer_fingerprint(tokenizer):
+        raise T3DError(
+            "the trajectories were made with another tokenizer than the model's; roll out again with this model"
+        )
+
+
+def _empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
+    """A model of the same family and configuration, its weights not initialised; `model` may be sharded."""
+    family = next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
+    with torch.device(device):
+        made = family(model.config).to(dtype)
+    made.generation_config = model.generation_config
+    return made.eval().requires_grad_(False)
+
+
+def _peak_memory() -> int:
+    """Bytes: the most allocated so far on this process's GPU, else by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

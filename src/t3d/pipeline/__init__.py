@@ -9,6 +9,7 @@ from t3d.pipeline.card import describe_student
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.processes import Processes, count, rank
 from t3d.pipeline.rollout import check_rollout, rollout
 from t3d.pipeline.train import check_training, train
 from t3d.report import write_report
@@ -31,6 +32,38 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
     wanted = tuple(stage for stage in stages if stage in wanted)
     if not wanted:
         raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")
+    if count() > 1:
+        recipe.training_arguments(recipe.run_dir).device  # noqa: B018  starts the process group
+    processes = Processes()
+    if not processes.main:
+        return follow(recipe, processes)
+    try:
+        run = lead(recipe, processes, stages, wanted, force)
+    except BaseException:
+        if not processes.together:  # else the others are amid the training; the launcher ends them
+            processes.tell(False)
+        raise
+    processes.tell(False)
+    return run
+
+
+def follow(recipe: Recipe, processes: Processes) -> RunFolder:
+    """What all but the first of several processes do: train when told."""
+    run = RunFolder(recipe.run_dir)
+    while processes.told():
+        set_seed(recipe.seed)
+        try:
+            train(run, recipe, Inputs(recipe), processes)
+        except T3DError as error:
+            log.error("error in process %d: %s", rank(), error)
+            raise
+    return run
+
+
+def lead(
+    recipe: Recipe, processes: Processes, stages: tuple[str, ...], wanted: tuple[str, ...], force: bool
+) -> RunFolder:
+    """What the first process does: everything, and training together with the others."""
     with RunFolder(recipe.run_dir) as run:
         first = stages.index(wanted[0])
         for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:
@@ -56,7 +89,11 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
                 write_report([run.path], run / "report.html", recipe.report)
                 continue
             with run.stage(stage, recipe):
-                WORK[stage](run, recipe, inputs)
+                if stage == "train":
+                    with processes.joined():
+                        train(run, recipe, inputs, processes)
+                else:
+                    WORK[stage](run, recipe, inputs)
                 if stage in ("train", "eval"):
                     describe_student(run, recipe)
     return run
@@ -73,5 +110,5 @@ def needed(stages: tuple[str, ...], stage: str, run: RunFolder, recipe: Recipe) 
     return tuple(name for name in before if name == "eval")
 
 
-WORK = {"rollout": rollout, "train": train, "eval": evaluation}
+WORK = {"rollout": rollout, "eval": evaluation}
 CHECKS = {"rollout": check_rollout, "train": check_training, "eval": check_evaluation}

@@ -26,6 +26,7 @@ OUTPUTS = {
     "eval": ("summary.json", "eval"),
     "report": ("report.html", "report-accuracy.svg", "report-accuracy.png"),
 }
+ROUNDS = {"train": ("rollout-*",)}  # what it may leave besides: the rollouts of later rounds
 SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
 
@@ -126,11 +127,16 @@ class RunFolder:
     def clear(self, stages: tuple[str, ...]) -> None:
         """Remove the output of `stages`, the last first; what is only half removed no longer has its name."""
         with writing(self.path):
-            for name in (name for stage in reversed(stages) for name in OUTPUTS[stage]):
-                if (self / name).exists():
-                    trash = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.path))
-                    (self / name).rename(trash / name)
-                    shutil.rmtree(trash, ignore_errors=True)
+            found = [
+                name
+                for stage in reversed(stages)
+                for pattern in (*ROUNDS.get(stage, ()), *OUTPUTS[stage])
+                for name in sorted(path.name for path in self.path.glob(pattern))
+            ]
+            for name in found:
+                trash = Path(tempfile.mkdtemp(prefix=".removed-", dir=self.path))
+                (self / name).rename(trash / name)
+                shutil.rmtree(trash, ignore_errors=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, recipe: Recipe):

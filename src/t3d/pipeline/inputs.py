@@ -25,13 +25,14 @@ class Inputs:
         """(model, tokenizer)"""
         return self.load()
 
-    def load(self, dtype: str | None = None):
-        """(model, tokenizer) of the `model` section; `dtype` overrides the section's."""
+    def load(self, dtype: str | None = None, device: str | None = None, quantisation=None):
+        """(model, tokenizer) of the `model` section; `dtype` and `device` override the section's."""
         wanted = self.recipe.model
+        dtype, device = dtype or wanted.dtype, device or wanted.device
         if wanted.architecture is not None:
-            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype or wanted.dtype, wanted.device)
+            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype, device)
         path = checkpoint(wanted.path)
-        model, tokenizer = load_model(path, dtype=dtype or wanted.dtype, device=wanted.device)
+        model, tokenizer = load_model(path, dtype=dtype, device=device, quantisation=quantisation)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
         return model, tokenizer

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from t3d.config import Recipe
 from t3d.engine import FinishedEvent, make_engine
+from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
@@ -33,7 +34,7 @@ class Job:
     seed: int
 
 
-def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
+def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
     """A sequence's own seed, `0 .. 2**63 - 1`: of what it is, not of where in a batch or a run it happens to be."""
     digest = hashlib.sha256(f"{base}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -41,23 +42,34 @@ def sequence_seed(base: int, prompt_id: str, sample: int) -> int:
 
 def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings that the model cannot decode with, or prompts that do not fit it."""
+    if recipe.rollout.source is not None:
+        adopted(recipe, inputs)
+        return
     names = [problem.id for problem in inputs.train_problems]
     check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs) -> list[Job]:
-    """Every response of the rollout, in order."""
+def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0) -> list[Job]:
+    """Every response of the rollout, in order; other seeds in every round."""
     decoding = recipe.rollout.decoding(recipe.seed)
+    base = f"{decoding.seed}/round{number}" if number else decoding.seed
     return [
-        Job(problem, prompt, sample, sequence_seed(decoding.seed, problem.id, sample))
+        Job(problem, prompt, sample, sequence_seed(base, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
         for sample in range(decoding.n)
     ]
 
 
-def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
-    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends."""
-    work, decoding = rollout_jobs(recipe, inputs), replace(recipe.rollout.decoding(recipe.seed), n=1)
+def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> None:
+    """Decode what RUN/rollout does not hold yet; an answer is verified and stored soon after it ends.
+
+    number: of the round; the later ones go to RUN/rollout-1, RUN/rollout-2, ...
+    """
+    if recipe.rollout.source is not None and not number:
+        adopt(run, recipe, inputs)
+        return
+    folder = run / (f"rollout-{number}" if number else "rollout")
+    work, decoding = rollout_jobs(recipe, inputs, number), replace(recipe.rollout.decoding(recipe.seed), n=1)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
     model, tokenizer = inputs.teacher
     metadata = {
@@ -65,12 +77,12 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": prompts,
-        "recipe": settings(recipe, "rollout"),
+        "recipe": settings(recipe, "rollout") | ({"round": number} if number else {}),
         "versions": versions(),
     }
     with (
         closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
-        TrajectoryWriter(run / "rollout", metadata, shard_size=recipe.rollout.save_every) as writer,
+        TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,
     ):
         done = writer.done()
         todo = [job for job in work if (job.problem.id, job.sample) not in done]
@@ -80,7 +92,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
                     writer.write(trajectory)
                 bar.update(len(answers))
                 bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
-    _say(TrajectoryDataset(run / "rollout"))
+    _say(TrajectoryDataset(folder))
 
 
 def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[list[Trajectory]]:
@@ -120,6 +132,26 @@ def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[l
         yield answers()
         raise
     yield answers()
+
+
+def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
+    """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
+    found, size = TrajectoryDataset(recipe.rollout.source), inputs.teacher[0].config.block_size
+    if found[0].block_size != size:
+        raise T3DError(
+            f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
+        )
+    return found
+
+
+def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+    """Copy the trajectories of another folder to RUN/rollout."""
+    found = adopted(recipe, inputs)
+    metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
+        for trajectory in found:
+            writer.write(trajectory)
+    _say(TrajectoryDataset(run / "rollout"))
 
 
 def _say(dataset: TrajectoryDataset) -> None:

@@ -1,6 +1,7 @@
-"""Stage 2: the student learns from the trajectories."""
+"""Stage 2: the student learns from the trajectories, in one round or in several with new rollouts between them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -10,77 +11,201 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from t3d.config import Recipe
 from t3d.distill import T3DTrainer
+from t3d.distill.held_out import HeldOut
+from t3d.distill.lora import quantisation
 from t3d.distill.solutions import SolutionDataset
 from t3d.errors import T3DError
 from t3d.log import log
-from t3d.models import save_model, stop_ids
+from t3d.models import stop_ids
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.processes import Processes
+from t3d.pipeline.rollout import rollout
+from t3d.tasks import get_task
 from t3d.trajectories import TrajectoryDataset
 
 WHOLE = "whole"  # the file that says a checkpoint was saved to its end
 
 
-def train(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
+def train(run: RunFolder, recipe: Recipe, inputs: Inputs, processes: Processes) -> None:
     """Train from the teacher's weights, or from the last whole checkpoint in RUN/train; save RUN/student.
 
-    Weights and optimizer are float32 (`train.bf16=true` computes in bfloat16); the student is saved in the dtype that
-    the teacher has.
+    Every process of the launch calls it. Weights and optimizer are float32 (`train.bf16=true` computes in bfloat16);
+    the student is saved in the dtype that the teacher has.
     """
     inputs.release()
-    dtype = recipe.model.dtype or inputs.saved_dtype
-    model, tokenizer = inputs.load(dtype="float32")
-    arguments = recipe.training_arguments(run / "train")
-    trainer = T3DTrainer(
-        model, arguments, _data(run, recipe, inputs, model, tokenizer), processing_class=tokenizer,
-        callbacks=[_Progress(), _MarkWhole()],
-    )  # fmt: skip
-    for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
-        trainer.remove_callback(callback)
-    checkpoint = last_checkpoint(run / "train")
-    if checkpoint is not None:
-        log.info("train: continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    save_model(trainer.model.to(getattr(torch, dtype)), run / "student", tokenizer)
-    log.info(
-        "train: %d steps of %s; the student is %s", trainer.state.global_step, arguments.objective, run / "student"
-    )
+    rounds = recipe.training_arguments(run / "train").rollout_rounds
+    for number in range(rounds):
+        step = checkpoint_step(last_checkpoint(run / "train", processes))
+        if number and step == 0:
+            raise T3DError("train.save_strategy: rounds of rollouts continue from checkpoints, which are not saved")
+        round_ = _Round(run, recipe, inputs, processes, number)
+        if step < round_.end or not round_.output.exists():
+            round_.train()
+        inputs.release()
+
+
+class _Round:
+    """The steps up to `end`, on the rollouts of the teacher (round 0) or of the student after the round before."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, inputs: Inputs, processes: Processes, number: int):
+        self.run, self.recipe, self.inputs, self.processes, self.number = run, recipe, inputs, processes, number
+        self.arguments = recipe.training_arguments(run / "train")
+        self.dtype = getattr(torch, recipe.model.dtype or inputs.saved_dtype)
+        self.last = number == self.arguments.rollout_rounds - 1
+        self.output = run / "student" if self.last else student_of_round(run, number)
+        steps = self.arguments.max_steps
+        self.end = round(steps * (number + 1) / self.arguments.rollout_rounds) if steps > 0 else float("inf")
+
+    def train(self) -> None:
+        if self.number:
+            self._rollout()
+        model, tokenizer = load_student(self.recipe, self.inputs, self.arguments, self.processes.several)
+        data = self._data(model, tokenizer)
+        trainer = T3DTrainer(
+            model, self.arguments, data, processing_class=tokenizer, held_out=self._held_out(tokenizer),
+        )  # fmt: skip
+        for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
+            trainer.remove_callback(callback)
+        for callback in (_Progress(self.processes.main), _KeepStudent(trainer, self), _MarkWhole()):
+            trainer.add_callback(callback)
+        if self.processes.main and trainer.train_dataset.dropped:
+            _say_dropped(trainer.train_dataset)
+        checkpoint = last_checkpoint(self.run / "train", self.processes)
+        if checkpoint is not None and self.processes.main:
+            log.info("train: continuing from %s", checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        self.processes.wait()  # until the student is written
+        if self.processes.main:
+            state = trainer.state
+            best = f", the best of step {state.best_global_step}" if self.keeps_best else ""
+            name = "" if self.last else f" after round {self.number + 1} of {self.arguments.rollout_rounds}"
+            log.info(
+                "train: %d steps of %s; the student%s is %s%s",
+                state.global_step, self.arguments.objective, name, self.output, best if self.last else "",
+            )  # fmt: skip
+
+    @property
+    def keeps_best(self) -> bool:
+        return bool(self.arguments.eval_every) and self.arguments.keep_best
+
+    def _rollout(self) -> None:
+        """RUN/rollout-K: the student of the round before answers the training prompts."""
+        if self.processes.main:
+            student = student_of_round(self.run, self.number - 1)
+            recipe = replace(self.recipe, model=replace(self.recipe.model, path=str(student), architecture=None))
+            rollout(self.run, recipe, Inputs(recipe), self.number)
+        self.processes.wait()
+
+    def _data(self, model, tokenizer):
+        """The trajectories; for `sft` the task's ground-truth responses in their form."""
+        if self.recipe.objective != "sft":
+            return TrajectoryDataset(self.run / (f"rollout-{self.number}" if self.number else "rollout"))
+        stops = stop_ids(model)
+        if not stops:
+            raise T3DError(
+                "model: neither generation_config.json nor config.json gives an eos_token_id to end responses"
+            )
+        recipe, task = self.recipe, self.inputs.task
+        return SolutionDataset(task, tokenizer, recipe.task.num_train, model.config.block_size, stops[0], recipe.seed)
+
+    def _held_out(self, tokenizer) -> HeldOut | None:
+        return held_out(self.recipe, self.arguments, tokenizer) if self.arguments.eval_every else None
+
+
+def student_of_round(run: RunFolder, number: int) -> Path:
+    """Where the student after an earlier round than the last is."""
+    return run / "train" / f"round-{number + 1}"
+
+
+def load_student(recipe: Recipe, inputs: Inputs, arguments, several: bool = False):
+    """(model, tokenizer) to train: float32, but what an adapter leaves as it is in the dtype of the computation."""
+    if arguments.lora_4bit:
+        return inputs.load(quantisation=quantisation(arguments))
+    frozen = arguments.lora_rank and (arguments.bf16 or arguments.fp16)
+    # Several processes: on the CPU, from where accelerate takes each one's shard.
+    return inputs.load(dtype=None if frozen else "float32", device="cpu" if several else None)
+
+
+def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
+    """The problems that `train.eval_every` evaluates on."""
+    task = get_task(recipe.task, evaluation=arguments.eval_split != "train")
+    problems = task.problems(arguments.eval_split, arguments.eval_problems)
+    engine = {name: value for name, value in vars(recipe.engine).items() if name not in ("workers", "address")}
+    return HeldOut(task, problems, tokenizer, arguments.eval_block_steps, recipe.eval.max_tokens, engine)
 
 
 def check_training(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings or data that cannot be trained with."""
-    recipe.training_arguments(recipe.run_dir)
+    arguments = recipe.training_arguments(recipe.run_dir)
     if recipe.objective == "sft":
         inputs.task.solution(inputs.train_problems[0], Random(0))
+    if arguments.rollout_rounds > 1:
+        if recipe.objective == "sft":
+            raise T3DError("train.rollout_rounds: sft learns from ground truth and has no rollouts; set it to 1")
+        if not arguments.rollout_rounds <= arguments.max_steps:
+            raise T3DError("train.rollout_rounds needs train.max_steps, of at least one step for each round")
+    if arguments.eval_every:
+        held_out(recipe, arguments, inputs.teacher[1])
 
 
-def _data(run: RunFolder, recipe: Recipe, inputs: Inputs, model, tokenizer):
-    """The trajectories; for `sft` the task's ground-truth responses in their form."""
-    if recipe.objective != "sft":
-        return TrajectoryDataset(run / "rollout")
-    stops = stop_ids(model)
-    if not stops:
-        raise T3DError("model: neither generation_config.json nor config.json gives an eos_token_id to end responses")
-    return SolutionDataset(
-        inputs.task, tokenizer, recipe.task.num_train, model.config.block_size, stops[0], recipe.seed
-    )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, processes: Processes | None = None) -> Path | None:
     """The last checkpoint that was saved to its end; what a kill left of others is removed."""
+    if processes is not None:
+        processes.wait()  # none looks while the first one removes
     found = {}
     for path in folder.glob("checkpoint-*"):
         if (path / WHOLE).exists():
-            found[int(path.name.rpartition("-")[2])] = path
-        else:
+            found[checkpoint_step(path)] = path
+        elif processes is None or processes.main:
             shutil.rmtree(path)
+    if processes is not None:
+        processes.wait()
     return found[max(found)] if found else None
+
+
+def checkpoint_step(path: Path | None) -> int:
+    return int(path.name.rpartition("-")[2]) if path is not None else 0
+
+
+def _say_dropped(states) -> None:
+    reasons = ", ".join(f"{number} {why}" for why, number in states.dropped.items() if number)
+    total = len(states) + sum(states.dropped.values())
+    log.info("train: %d of %d trajectories dropped%s", total - len(states), total, f" ({reasons})" if reasons else "")
+
+
+class _KeepStudent(TrainerCallback):
+    """Writes the student where it belongs: at the end of a round, or whenever it is the most accurate so far.
+
+    It does so while a checkpoint is saved and before that one counts as whole, so a kill leaves both or none.
+    """
+
+    def __init__(self, trainer: T3DTrainer, round_: _Round):
+        self.trainer, self.round = trainer, round_
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= min(self.round.end, state.max_steps):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        over = state.global_step >= min(self.round.end, state.max_steps)
+        best = self.round.keeps_best and state.best_global_step == state.global_step
+        if best:
+            self._write(self.round.run / "student")
+        if over and not (self.round.last and self.round.keeps_best):
+            self._write(self.round.output)
+
+    def _write(self, folder: Path) -> None:
+        inputs = self.round.inputs
+        self.trainer.save_student(folder, self.round.dtype, lambda: inputs.load(dtype="float32", device="cpu")[0])
 
 
 class _MarkWhole(TrainerCallback):
     """Called when a checkpoint is saved, as the last of all that write into it."""
 
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
@@ -88,18 +213,27 @@ class _MarkWhole(TrainerCallback):
 class _Progress(TrainerCallback):
     """A bar on the terminal, and every logged value in the log file."""
 
+    def __init__(self, shown: bool):
+        self.shown = shown
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", unit="step",
-            disable=True if args.disable_tqdm else None,
+            disable=True if args.disable_tqdm or not self.shown else None,
         )  # fmt: skip
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.shown:
+            return
         values = {k: round(v, 5) if isinstance(v, float) else v for k, v in (logs or {}).items()}
         log.debug("train: step %d %s", state.global_step, values)
+        if "eval_accuracy" in values:
+            log.info(
+                "train: step %d, %.1f%% correct on held-out problems", state.global_step, 100 * values["eval_accuracy"]
+            )
         if "loss" in values:
             self.bar.set_postfix(loss=values["loss"], refresh=False)
 

@@ -90,13 +90,18 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
         ordered = sorted(s.points, key=lambda p: p.x)
         parts.append(f'<g class="c{s.colour}">')
         parts.append(f'<path class="line" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in ordered)}"/>')
+        aside = 3 * (series.index(s) - (len(series) - 1) / 2)  # so that intervals at the same place can be told apart
         for p in ordered:
             beyond = float(x(p.x)) > width - 60
-            place = 'dx="-9" dy="1.4em" text-anchor="end"' if beyond else 'dx="9" dy="-.55em"'
+            under = any(0 < q.y - p.y < 26 * up and abs(q.x - p.x) < 50 * across for q in points)
+            place = ('dx="-9"', 'text-anchor="end"') if beyond else ('dx="9"', "")
+            place = f'{place[0]} dy="{"1.4em" if beyond or under else "-.55em"}" {place[1]}'
             label = f'<text x="{x(p.x)}" y="{y(p.y)}" {place}>{escape(p.label)}</text>' if p in roomy else ""
+            middle, low, high = float(x(p.x)) + aside, y(p.low), y(p.high)
+            ends = "".join(f"M{middle - 3:.1f} {end}h6" for end in (low, high))
             parts.append(
                 f'<g class="point"><title>{escape(p.title)}</title>'
-                f'<path class="whisker" d="M{x(p.x)} {y(p.low)}V{y(p.high)}"/>'
+                f'<path class="whisker" d="M{middle:.1f} {low}V{high}{ends}"/>'
                 f'<circle cx="{x(p.x)}" cy="{y(p.y)}" r="5"/>'
                 f"{label}</g>"
             )

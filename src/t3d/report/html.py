@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import mcnemar
-from t3d.evaluation.rows import columns, percent
+from t3d.evaluation.rows import EXTRACTED, columns, percent
 from t3d.evaluation.summary import aup_by_curve, write_whole
 from t3d.report.charts import Point, Series, accuracy_chart, line_chart
 from t3d.report.config import ReportConfig
@@ -223,23 +223,35 @@ def _failures(rows: list[Row]) -> str:
         shared = [(row.verdicts[k], base.verdicts[k]) for k in row.verdicts if k in base.verdicts]
         gained, lost = shared.count((True, False)), shared.count((False, True))
         p = mcnemar(gained, lost)
+        why = "".join(f'<td class="right">{percent(share)}</td>' for share in _ways(row))
         mark = '<td class="right">–</td>' * 3
         if row is not base:
             mark = f'<td class="right">{gained}</td><td class="right">{lost}</td><td class="right">{_p(p)}</td>'
-        body.append(
-            f'<tr><th scope="row">{escape(row.label)}</th><td>{escape(row.setting)}</td>{"".join(cells)}{mark}</tr>'
-        )
+        head = f'<th scope="row">{escape(row.label)}</th><td>{escape(row.setting)}</td>'
+        body.append(f"<tr>{head}{''.join(cells)}{why}{mark}</tr>")
     heads = "".join(f'<th class="right">{escape(name)}</th>' for name in names)
+    ways = "".join(f'<th class="right">{name}</th>' for name in ("wrong", "none", "cut"))
     counts = ", ".join(str(len(group)) for group in bins)
     note = (
-        f"Accuracy in percent by the length, in tokens, of the answer of {base.name} ({counts} problems). gained and "
-        f"lost: problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
+        f"Accuracy in percent by the length, in tokens, of the answer of {base.name} ({counts} problems). Then what is "
+        "not right, in percent of all answers: wrong ones; none found; cut by the token limit. gained and lost: "
+        f"problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
     )
     return (
         '<section><h2>Where it fails</h2><div class="scroll"><table><thead><tr><th>model</th><th>setting</th>'
-        f'{heads}<th class="right">gained</th><th class="right">lost</th><th class="right">p</th></tr></thead>'
+        f'{heads}{ways}<th class="right">gained</th><th class="right">lost</th><th class="right">p</th></tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{escape(note)}</p></section>'
     )
+
+
+def _ways(row: Row) -> tuple[float, float, float]:
+    """Shares of the verified answers that are not right: wrong ones, none found, and cut before they ended."""
+    columns = (row.answers.column(name) for name in ("correct", "extra", "finish_reason"))
+    judged = [found for found in zip(*columns, strict=True) if found[0] is not None]
+    wrong = [(json.loads(extra or "{}"), ended) for correct, extra, ended in judged if not correct]
+    cut = sum(ended == "length" for _, ended in wrong)
+    none = sum(ended != "length" and extra.get(EXTRACTED) is None for extra, ended in wrong)
+    return tuple(count / len(judged) for count in (len(wrong) - none - cut, none, cut))
 
 
 def _p(value: float) -> str:

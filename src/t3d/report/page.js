@@ -179,6 +179,20 @@
     if (current < 0) current = 0;
     show();
   };
+  document.addEventListener("keydown", (e) => {
+    if (e.ctrlKey || e.metaKey || e.altKey || /^(SELECT|INPUT|BUTTON|SUMMARY)$/.test(e.target.tagName)) return;
+    const token = e.target.classList?.contains("t"); // arrows there go from token to token
+    const act = {
+      " ": () => $("play").click(),
+      ArrowRight: () => token || (pause(), seek(Math.min(most(), +$("time").value + 1))),
+      ArrowLeft: () => token || (pause(), seek(Math.max(0, +$("time").value - 1))),
+      n: () => move(1),
+      p: () => move(-1),
+    }[e.key];
+    if (!act) return;
+    if (e.key === " ") e.preventDefault();
+    act();
+  });
   $("previous").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
   show();

@@ -104,7 +104,7 @@ class Decoding(Strict):
                 raise PydanticCustomError(
                     "unknown_parameter",
                     "Unrecognized request argument supplied: {name}{close}",
-                    {"name": name, "close": close},
+                    {"name": ascii(name)[1:-1], "close": close},
                 )
         return kept
 
@@ -130,9 +130,9 @@ class Decoding(Strict):
             "stop_ids ignore_eos"
         )
         given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = default.stop if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
         seed = SystemRandom().randrange(1 << 63) if self.seed is None else self.seed
-        return replace(default, **given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)
+        return replace(default, **{"n": 1} | given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)
 
 
 class Part(BaseModel):
@@ -186,7 +186,7 @@ def _same(value: Any, other: Any) -> bool:
 def explain(errors: Iterable[dict]) -> tuple[str, str | None, str | None]:
     """(message, param, code) of pydantic's errors: the first one."""
     first = next(iter(errors))
-    where = [str(part) for part in first["loc"] if part != "body"]
+    where = [ascii(str(part))[1:-1] for part in first["loc"] if part != "body"]
     kind, message = first["type"], first["msg"]
     if kind in ("unsupported_parameter", "unknown_parameter", "invalid_value"):
         return message, first["ctx"]["name"], kind

@@ -22,6 +22,7 @@ class Objective:
     needs_reference = False
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
+    unit = "token"  # what the loss is a mean over: supervised "token"s, noisy "block"s or "sequence"s
     round_interval = 0  # after how many optimizer steps the reference becomes the student, unless told; 0: never
 
     def states(

@@ -10,6 +10,8 @@ from t3d.distill.objectives.t3d import path_loss
 class Path(Objective):
     """`L_path` of arXiv 2602.12262 on trajectory states; with k at least the block size, plain cross-entropy."""
 
+    unit = "sequence"
+
     def loss(self, batch: TrainingBatch, student: Forward, reference, config: T3DConfig, mask_id: int):
         logp = student(lambda h, w: token_logprobs(h, w, batch.target[:, None], mask_id))[:, 0]
         loss = path_loss(logp, batch, config.path_k)

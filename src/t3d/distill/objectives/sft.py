@@ -16,6 +16,8 @@ class SFT(Objective):
     Trains a teacher from scratch, or adapts an autoregressive model to block diffusion.
     """
 
+    unit = "block"
+
     def state(self, block, rank, rng: np.random.Generator, config: T3DConfig):
         return uniform_mask(block, rng)
 
@@ -25,4 +27,4 @@ class SFT(Objective):
     def loss(self, batch: TrainingBatch, student: Forward, reference, config: T3DConfig, mask_id: int):
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, batch.target[:, None], mask_id))[:, 0]
         loss = -(logp * batch.weight).sum() / max(segments(batch.block), 1)
-        return loss, {"loss/ce": -mean(logp.detach())}
+        return loss, {"loss/ce": loss.detach(), "lp/real": mean(logp.detach())}

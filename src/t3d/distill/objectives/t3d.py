@@ -20,6 +20,7 @@ class DDO(Objective):
     """
 
     needs_reference = True
+    unit = "sequence"
     round_interval = 10
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):

@@ -1,0 +1,179 @@
+"""Many streaming clients against `t3d serve` for a while: no error, offline answers, steady memory; tokens per second.
+
+    python benchmarks/serve.py [--model MODEL] [--clients N] [--seconds S] [--json FILE]
+
+Starts a server on this machine, which nothing else can reach, and stops it. Each client streams one chat answer after
+another; a tenth of the requests are broken off half-way. Prompts, steps, temperatures and seeds repeat, and the answer
+to each is compared with `Engine.generate`'s, which this process computes before. Memory is the server's resident
+set: the most in a first fifth of the time (caches and arenas have been touched by then), and at the end.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import httpx2
+import torch
+
+from t3d import DecodingConfig, Engine, load_model
+from t3d.decoding.sampling import derive_seed
+from t3d.embedded import checkpoint
+from t3d.tasks import TaskConfig, get_task
+
+CASES = 200
+
+
+def make_cases(model: str) -> tuple[list[dict], float]:
+    """Request bodies, each with the text that the engine gives without a server; and the engine's tokens per second."""
+    loaded, tokenizer = load_model(checkpoint(model), device="cpu")
+    rng, prompts, configs, bodies = random.Random(0), [], [], []
+    problems = get_task(TaskConfig(name="word_problems", num_train=1)).problems("test", CASES)
+    for seed, problem in enumerate(problems):
+        steps, temperature = rng.choice([1, 2, 4]), rng.choice([0.0, 0.5, 1.0])
+        configs.append(DecodingConfig(steps=steps, temperature=temperature, seed=seed, max_tokens=256))
+        messages = [{"role": "user", "content": problem.question}]
+        prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        body = {"messages": messages, "steps": steps, "temperature": temperature, "seed": seed, "max_tokens": 256}
+        bodies.append(body)
+    engine = Engine(loaded, tokenizer)
+    seeds = [derive_seed(config.seed, 0, 0) for config in configs]  # as if each were decoded alone
+    start = time.perf_counter()
+    answers = engine.generate(prompts, configs, seeds=seeds)
+    rate = sum(a.length for a in answers) / (time.perf_counter() - start)
+    return [{"body": b, "text": a.text, "tokens": a.length} for b, a in zip(bodies, answers, strict=True)], rate
+
+
+class Load:
+    """What the clients do, and what they have seen."""
+
+    def __init__(self, url: str, cases: list[dict], seconds: float):
+        self.url, self.cases, self.seconds = url, cases, seconds
+        self.answers = self.broken_off = self.tokens = 0
+        self.errors: list[str] = []
+        self.first: list[float] = []
+        self.whole: list[float] = []
+
+    async def run(self, clients: int, pid: int) -> list[int]:
+        """Resident memory of the server in bytes, several times a second."""
+        limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+        memory = []
+        async with httpx2.AsyncClient(base_url=self.url, timeout=60, limits=limits) as http:
+            self.end = time.monotonic() + self.seconds
+            work = asyncio.gather(*(self.client(http, number) for number in range(clients)))
+            while not work.done():
+                memory.append(resident(pid))
+                await asyncio.wait([work], timeout=0.2)
+            await work
+        return memory
+
+    async def client(self, http, number: int) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < self.end:
+            case = rng.choice(self.cases)
+            try:
+                await self.ask(http, case, leave=rng.random() < 0.1)
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
+
+    async def ask(self, http, case: dict, leave: bool) -> None:
+        start, text, finish = time.perf_counter(), "", None
+        async with http.stream("POST", "/v1/chat/completions", json=case["body"] | {"stream": True}) as response:
+            if response.status_code != 200:
+                self.errors.append(f"{response.status_code} {(await response.aread()).decode()}")
+                return
+            async for line in response.aiter_lines():
+                if not line or line == "data: [DONE]":
+                    continue
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                if choice["delta"].get("content") and not text:
+                    self.first.append(time.perf_counter() - start)
+                text += choice["delta"].get("content") or ""
+                finish = choice["finish_reason"]
+                if leave and text:
+                    self.broken_off += 1
+                    return
+        if text != case["text"] or not finish:
+            self.errors.append(f"seed {case['body']['seed']}: {text!r} is not {case['text']!r}")
+        self.answers += 1
+        self.tokens += case["tokens"]
+        self.whole.append(time.perf_counter() - start)
+
+
+def resident(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def start(model: str) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, "-m", "t3d", "serve", model, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if found := re.search(r" at (http://\S+) ", line):
+            return process, found[1]
+    raise SystemExit("the server did not start")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--json", help="write the results to this file")
+    options = parser.parse_args()
+    cases, offline = make_cases(options.model)
+    process, url = start(options.model)
+    try:
+        load = Load(url, cases, options.seconds)
+        began = time.perf_counter()
+        memory = asyncio.run(load.run(options.clients, process.pid))
+        seconds = time.perf_counter() - began
+        metrics = httpx2.get(f"{url}/metrics").text
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    left = {
+        name: float(re.search(rf"^t3d_{name}\{{.*\}} (\S+)$", metrics, re.M)[1])
+        for name in ("sequences_running", "sequences_waiting", "kv_cache_tokens", "sequences_cancelled_total")
+    }
+    early, late = max(memory[: len(memory) // 5 + 1]), memory[-1]
+    found = {
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "clients": options.clients,
+        "seconds": round(seconds, 1),
+        "answers": load.answers,
+        "broken_off": load.broken_off,
+        "errors": len(load.errors),
+        "tokens_per_second": round(load.tokens / seconds),
+        "offline_tokens_per_second": round(offline),
+        "answers_per_second": round(load.answers / seconds, 1),
+        "first_text_ms": round(1000 * statistics.median(load.first)),
+        "answer_ms": round(1000 * statistics.median(load.whole)),
+        "answer_p95_ms": round(1000 * statistics.quantiles(load.whole, n=20)[-1]),
+        "memory_early_mib": round(early / 2**20),
+        "memory_late_mib": round(late / 2**20),
+        "left": left,
+        "exit_code": code,
+    }
+    for key, value in found.items():
+        print(f"{key:>20}  {value}")
+    for error in load.errors[:5]:
+        print(error)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+    leaked = any(left[name] for name in ("sequences_running", "sequences_waiting", "kv_cache_tokens"))
+    grown = late > early * 1.1
+    raise SystemExit(bool(load.errors or leaked or grown or code))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Few-step evaluation on held-out problems while training: what the loss does not show."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from t3d.decoding import DecodingConfig
+from t3d.decoding.sampling import derive_seed
+from t3d.engine import Engine
+from t3d.errors import T3DError
+from t3d.tasks import Problem, Task
+
+
+@dataclass
+class HeldOut:
+    """Problems that are decoded greedily by the student as it is, and verified.
+
+    steps: denoising steps per block of each evaluation; problems: all with a verdict; engine: of `t3d.Engine`.
+    """
+
+    task: Task
+    problems: list[Problem]
+    tokenizer: object
+    steps: list[int]
+    max_tokens: int
+    engine: dict
+
+    def __post_init__(self):
+        if not self.problems:
+            raise T3DError("train.eval_every: there are no problems to evaluate on")
+        if self.task.verify("", self.problems[0]) is None:
+            raise T3DError(
+                f"train.eval_every: task {self.task.name!r} cannot verify answers, so no checkpoint is the best; "
+                "set it to 0"
+            )
+
+    def __call__(self, model: nn.Module, part: int = 0, parts: int = 1) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each metric over every `parts`-th problem from `part` on."""
+        mine = range(part, len(self.problems), parts)
+        prompts = [self.task.prompt(self.problems[i], self.tokenizer) for i in mine]
+        found: dict[str, tuple[float, float]] = {}
+        engine = Engine(model, self.tokenizer, **self.engine)
+        for steps in self.steps if prompts else ():
+            decoding = DecodingConfig(steps=min(steps, model.config.block_size), max_tokens=self.max_tokens)
+            answers = engine.generate(prompts, decoding, seeds=[derive_seed(0, i, 0) for i in mine])
+            verdicts = self.task.judge_all([t.text for t in answers], [self.problems[i] for i in mine])
+            right, count = float(sum(bool(v.correct) for v in verdicts)), float(len(verdicts))
+            tokens, forwards = sum(t.length for t in answers), sum(t.nfe.denoise for t in answers)
+            found[f"accuracy/steps_{steps}"] = (right, count)
+            found[f"tpf/steps_{steps}"] = (float(tokens), float(forwards))
+            before = found.get("accuracy", (0.0, 0.0))
+            found["accuracy"] = (before[0] + right, before[1] + count)
+        return found

@@ -1,0 +1,90 @@
+"""A checkpoint as it is published: SDAR-4B-Chat's own tokenizer and config.json, small random weights in its layout."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from t3d.config import keys
+from t3d.models import load_model, stop_ids
+from t3d.trajectories import TrajectoryDataset
+from tests.models.helpers import logits
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+SMALL |= {"intermediate_size": 32, "max_window_layers": 2}
+EXPERTS = {
+    "model_type": "sdar_moe",
+    "architectures": ["SDARMoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+EXPERTS |= {"moe_intermediate_size": 16, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+FAMILIES = {"sdar": ({}, Qwen3Config, Qwen3ForCausalLM), "sdar_moe": (EXPERTS, Qwen3MoeConfig, Qwen3MoeForCausalLM)}
+
+
+def published(source, folder, family):
+    """Weights by transformers' own Qwen3 classes, in shards; the rest as the hub has it, without tokenizer.json."""
+    more, config, model = FAMILIES[family]
+    values = json.loads((source / "config.json").read_text()) | SMALL | more
+    names = {"model_type", "architectures", "auto_map", "attn_implementation", "torch_dtype", "transformers_version"}
+    torch.manual_seed(0)
+    made = model(config(**{k: v for k, v in values.items() if k not in names})).to(torch.bfloat16)
+    made.save_pretrained(folder, max_shard_size="5MB")
+    for name in ("generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder)
+        (folder / name).chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, rank):
+    if rank:
+        pytest.importorskip("peft")
+        if "lora_rank" not in keys("train"):
+            pytest.skip("no LoRA training yet")
+    published(shared_data / "sdar-4b-chat", t3d.folder / "chat", family)
+    assert len(list((t3d.folder / "chat").glob("model-*.safetensors"))) > 1
+    teacher, tokenizer = load_model(t3d.folder / "chat", device="cpu")
+    assert stop_ids(teacher) == (151645, 151643)
+    assert (teacher.config.mask_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id) == (151669, 151669, 151643)
+    assert (teacher.dtype, teacher.config._attn_implementation) == (torch.bfloat16, "sdpa")
+    task = {"name": "gsm8k", "path": str(shared_data / "gsm8k" / "train.jsonl.gz"), "num_train": 64, "num_eval": 2}
+    task["eval_path"] = str(shared_data / "gsm8k" / "test.jsonl")
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2, "bf16": True, "round_interval": 1}
+    if rank:
+        training["lora_rank"] = rank
+    recipe = write_recipe(
+        t3d.folder,
+        model={"path": "chat"},
+        task=task,
+        rollout={"max_tokens": 4},
+        train=training,
+        eval={"steps": [1], "max_tokens": 4},
+    )
+    done = t3d("run", recipe)
+    assert done.code == 0, done.stderr
+    run = t3d.folder / "runs" / "recipe"
+    found = list(TrajectoryDataset(run / "rollout"))
+    assert len(found) == 64
+    start = tokenizer.decode(found[0].prompt_ids)
+    assert start.startswith("<|im_start|>user\n")
+    assert start.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    student, same = load_model(run / "student", device="cpu")
+    assert student.dtype == torch.bfloat16
+    assert stop_ids(student) == (151645, 151643)
+    assert same.get_vocab() == tokenizer.get_vocab()
+    moved = [n for n, w in student.state_dict().items() if not torch.equal(w, teacher.state_dict()[n])]
+    assert len(moved) >= (4 * 2 if rank else len(student.state_dict()) / 2)  # at least the projections of attention
+    for name in ("vocab.json", "merges.txt", "chat_template.jinja"):
+        assert (run / "student" / name).read_bytes() == (t3d.folder / "chat" / name).read_bytes()
+    config = json.loads((run / "student" / "config.json").read_text())
+    assert (config["model_type"], config["rope_theta"]) == (family, 1000000)
+    assert "auto_map" not in config  # its code is not in the folder
+    done = t3d("export", "runs/recipe/student", "out", "--max-shard-size", "5MB", "--for", "lmdeploy")
+    assert done.code == 0, done.stderr
+    assert "logits differ by at most 0," in done.stdout
+    again, _ = load_model(t3d.folder / "out", device="cpu")
+    assert torch.equal(logits(again), logits(student))

@@ -1,0 +1,223 @@
+"""The playground in a real browser: what it shows is what the API says, by hand and by keyboard, on any screen."""
+
+import json
+import re
+
+import httpx2
+import pytest
+
+from serve.browser import CHROMIUM, Browser
+
+HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>&lt;"
+
+
+def test_the_page_needs_nothing_else(server):
+    response = httpx2.get(server.url)
+    html, policy = response.text, response.headers["content-security-policy"]
+    assert len(html) < 60_000
+    assert re.findall(r"""\s(?:src|srcset|style|on\w+)\s*=\s*["']|@import|url\(|https?:|innerHTML|eval\(""", html) == []
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: chromium)")
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, server):
+    """The playground, freshly loaded; in the end nothing may have gone wrong in it."""
+    browser.complaints.clear()
+    browser.screen(1200, 900)
+    browser.open(server.url)
+    browser.wait("state.models.length")
+    browser.run("document.getElementById('compare').click()")  # two models are served, so it compares
+    yield browser
+    assert browser.complaints == []
+
+
+def ask(page, text: str, pace: int = 0, tokens: int = 60) -> None:
+    page.run(
+        f"$('max_tokens').value = {tokens}; $('pace').value = '{pace}'; $('prompt').value = ''; $('prompt').focus()"
+    )
+    page.type(text)
+    page.key("Enter", modifiers=2)
+
+
+def done(page) -> None:
+    page.wait("!state.running && !state.playing && received() > 0")
+
+
+def answer(server, text: str, tokens: int = 60, **settings) -> dict:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "seed": 0}
+    body |= {"return_details": True} | settings
+    return httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["t3d"]
+
+
+SHOWN = """state.panes[0].spans.filter(s => !s.hidden && !s.className.includes('after')).map(s =>
+    [s.textContent, s.style.getPropertyValue('--t'), s.classList.contains('masked')])"""
+
+
+def test_it_shows_what_the_api_answers(page, server):
+    """Tokens, the colour of the step that wrote each, and the numbers; text is never markup."""
+    ask(page, "Hello " + HOSTILE)
+    done(page)
+    expected = answer(server, "Hello " + HOSTILE)
+    shown = page.run(SHOWN)
+    visible = [text.replace("\n", "↵\n") or "·" for text in expected["tokens"]]
+    assert [text for text, _, _ in shown] == visible
+    assert [float(t) for _, t, _ in shown] == pytest.approx([step / 3 for step in expected["step_map"]], abs=1e-3)
+    assert not any(masked for _, _, masked in shown)
+    stats = page.run("['tpf', 'tokens', 'forwards'].map(name => state.panes[0].find(name).textContent)")
+    forwards = expected["nfe"]["denoise"]
+    assert stats == [f"{len(expected['tokens']) / forwards:.2f}", str(len(expected["tokens"])), str(forwards)]
+    colours = page.run("[...new Set(state.panes[0].spans.map(s => getComputedStyle(s).backgroundColor))].length")
+    assert colours >= 4
+    assert page.run("document.title") == "t3d playground"
+
+
+def test_tokens_are_text(page):
+    """Even if a model writes markup."""
+    told = {"step": 0, "places": [0, 1, 2, 3], "tokens": [HOSTILE] * 4, "token_ids": [1] * 4, "confidence": [1] * 4}
+    chunks = [{"block_size": 4, "steps": 1, "prompt_tokens": 4}, told]
+    script = "state.panes[0].take({choices: [{t3d: %s}]})"
+    for chunk in chunks:
+        page.run(script % json.dumps(chunk))
+    page.run("state.shown = 1; draw()")
+    assert page.run("state.panes[0].text.querySelectorAll('img, script').length") == 0
+    assert page.run("state.panes[0].spans[0].textContent") == HOSTILE
+    assert page.run("document.title") == "t3d playground"
+
+
+def test_a_block_settles_step_by_step(page):
+    """Played slowly: what is not decided yet is masked, and only in the block in flight."""
+    ask(page, "Hello", pace=60)
+    page.wait("state.shown >= 6 && state.shown < 20")
+    page.run("state.playing = false")
+    page.wait("!state.running")
+    page.run("state.shown = 6; draw()")
+    masked = page.run("state.panes[0].spans.map(s => s.hidden ? null : s.classList.contains('masked'))")
+    visible = [m for m in masked if m is not None]
+    first = page.run("state.panes[0].blocks[0].end")
+    assert len(visible) in (first + 4, first + 8)
+    assert 1 <= sum(visible) <= 3
+    assert not any(visible[:first])  # an earlier block is whole
+    page.run("$('time').focus()")
+    page.key("End")
+    page.wait("!state.panes[0].spans.some(s => s.classList.contains('masked'))")
+    assert page.run("$('clock').textContent").startswith(str(page.run("received()")))
+
+
+def test_steps_and_strategy_change_the_answer(page, server):
+    page.run("state.panes[0].find('steps-input').focus()")
+    page.key("Home")
+    assert page.run("state.panes[0].find('steps-value').textContent") == "1"
+    ask(page, "Hello")
+    done(page)
+    assert float(page.run("state.panes[0].find('tpf').textContent")) > 3
+    page.run("""(() => { const s = state.panes[0].find('strategy'); s.value = 'low_confidence_dynamic';
+        s.dispatchEvent(new Event('change')); const k = state.panes[0].find('knob-input'); k.value = 0.3;
+        k.dispatchEvent(new Event('input')); })()""")
+    assert page.run("[state.panes[0].find('steps-field').hidden, state.panes[0].find('knob-value').textContent]") == [
+        True,
+        "0.30",
+    ]
+    ask(page, "Hello")
+    done(page)
+    expected = answer(server, "Hello", strategy="low_confidence_dynamic", threshold=0.3)
+    assert page.run("state.panes[0].done.token_ids") == expected["token_ids"]
+
+
+def test_two_models_side_by_side(page):
+    page.run("document.getElementById('compare').click()")
+    ask(page, "Hello")
+    done(page)
+    assert page.run("state.panes.map(p => p.find('model').value)") == ["tiny", "broken"]
+    tpf = [float(x) for x in page.run("state.panes.map(p => p.find('tpf').textContent)")]
+    assert tpf[0] < 1.01
+    assert tpf[1] > 3  # the second begins with one step
+    tops = page.run("state.panes.map(p => p.root.getBoundingClientRect().top)")
+    assert tops[0] == tops[1]
+    assert all(rate > 0 for rate in page.run("state.panes.map(p => parseFloat(p.find('tps').textContent))"))
+    page.run("$('turns').checked = true")
+    ask(page, "buzz")  # the second model fails at a z
+    done(page)
+    assert "logits are not numbers" in page.run("state.panes[1].find('error').textContent")
+    assert page.run("state.panes[0].done !== null")
+
+
+def test_the_keyboard_is_enough(page):
+    ask(page, "Hello", tokens=12000)
+    page.wait("received() > 20")
+    page.key("Escape")
+    page.wait("!state.running")
+    assert page.run("$('run').disabled") is False
+    page.run("state.panes[0].text.focus()")
+    page.key("ArrowRight")
+    page.key("ArrowRight")
+    assert page.run("state.panes[0].find('about').textContent").startswith("token 2 ")
+    page.key("ArrowLeft")
+    assert page.run("state.panes[0].find('about').textContent").startswith("token 1 ")
+    unnamed = page.run("""[...document.querySelectorAll('button, input, select, textarea, [tabindex]')].filter(e =>
+        e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length""")
+    assert unnamed == 0
+
+
+def test_what_is_wrong_is_shown(page):
+    ask(page, "Hello", tokens=99999)
+    page.wait("!state.running")
+    assert "maximum context length is 16384" in page.run("state.panes[0].find('error').textContent")
+    assert page.complaints[0].startswith("Failed to load resource")  # the browser's own note of the 400
+    page.complaints.clear()
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (820, 1100), (1600, 900)])
+def test_it_fits_any_screen(page, width, height):
+    page.screen(width, height, mobile=width < 500)
+    page.run("document.getElementById('compare').click()")
+    ask(page, "Hello")
+    done(page)
+    wide = f"""[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > {width})
+        .map(e => e.outerHTML.slice(0, 80))"""
+    assert page.run("document.documentElement.scrollWidth") <= width, page.run(wide)
+    small = page.run("[...document.querySelectorAll('button, select')].filter(e => e.offsetHeight < 40).length")
+    assert small == 0
+    stacked = page.run(
+        "state.panes[1].root.getBoundingClientRect().left === state.panes[0].root.getBoundingClientRect().left"
+    )
+    assert stacked == (width < 700)
+
+
+def test_light_and_dark(page):
+    ask(page, "Hello")
+    done(page)
+    seen = []
+    for dark in (False, True):
+        page.screen(1200, 900, dark=dark)
+        style = "(e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color])"
+        seen.append([page.run(f"{style}(document.body)"), page.run(f"{style}(state.panes[0].spans[0])")])
+    assert seen[0][0][0] != seen[1][0][0]
+    assert seen[0][1][0] != seen[1][1][0]
+    assert seen[0][0][0] == seen[0][0][1] or seen[0][0][1] != seen[1][0][1]
+
+
+def test_a_server_with_a_key(browser, start, tiny, tmp_path_factory):
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text("sk-1")
+    server = start(str(tiny), "--api-key-file", str(key))
+    browser.open(server.url)
+    browser.wait("!$('error').hidden")
+    assert "wants an API key" in browser.run("$('error').textContent")
+    assert browser.run("document.activeElement.id") == "key"
+    browser.type("sk-1")
+    browser.key("Tab")
+    browser.wait("state.models.length")
+    ask(browser, "Hello")
+    done(browser)
+    assert browser.run("state.panes[0].done !== null")
+    assert browser.run("Object.keys(localStorage).length + Object.keys(sessionStorage).length") == 0
+    browser.complaints.clear()
