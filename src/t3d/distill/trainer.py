@@ -74,12 +74,12 @@ class T3DTrainer(Trainer):
             model = add_adapter(model, args)
         for network in (model, reference):
             if network is not None:
-                head = plain(network).get_output_embeddings()
+                network = plain(network)
+                head = network.get_output_embeddings()
                 head.__class__ = Head
-        for network in (model, reference):
-            if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
-                network.set_attn_implementation("block_sdpa")
-        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
+                if args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
+                    network.set_attn_implementation("block_sdpa")
+        one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
@@ -99,7 +99,7 @@ class T3DTrainer(Trainer):
             raise T3DError(f"train.recompute=cheap does not go with {self.sharding.name}; use gradient_checkpointing")
         cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu" and whole)
         if cheap and not args.gradient_checkpointing:
-            recompute_cheap(model)
+            recompute_cheap(plain(model))
         if args.use_muon and (self.sharding.sharded or self.sharding.zero):
             raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
         self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up
@@ -193,8 +193,10 @@ class T3DTrainer(Trainer):
 
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
-            mask = batch.layout.attention_mask(implementation)
-            if isinstance(mask, Tensor):  # else every layer would keep one of its own, made of the boolean one
+            mask = batch.attention_mask(implementation)
+            if (
+                isinstance(mask, Tensor) and mask.dtype == torch.bool
+            ):  # else every layer would keep one of its own, made of the boolean one
                 half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
             result = network(
