@@ -24,26 +24,31 @@ import httpx2
 import torch
 
 from t3d import DecodingConfig, Engine, load_model
+from t3d.decoding.sampling import derive_seed
 from t3d.embedded import checkpoint
 from t3d.tasks import TaskConfig, get_task
 
 CASES = 200
 
 
-def make_cases(model: str) -> list[dict]:
-    """Request bodies, each with the text that the engine gives without a server."""
+def make_cases(model: str) -> tuple[list[dict], float]:
+    """Request bodies, each with the text that the engine gives without a server; and the engine's tokens per second."""
     loaded, tokenizer = load_model(checkpoint(model), device="cpu")
-    engine, rng, cases = Engine(loaded, tokenizer), random.Random(0), []
+    rng, prompts, configs, bodies = random.Random(0), [], [], []
     problems = get_task(TaskConfig(name="word_problems", num_train=1)).problems("test", CASES)
     for seed, problem in enumerate(problems):
         steps, temperature = rng.choice([1, 2, 4]), rng.choice([0.0, 0.5, 1.0])
-        config = DecodingConfig(steps=steps, temperature=temperature, seed=seed, max_tokens=256)
+        configs.append(DecodingConfig(steps=steps, temperature=temperature, seed=seed, max_tokens=256))
         messages = [{"role": "user", "content": problem.question}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        (answer,) = engine.generate([prompt], config)
+        prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         body = {"messages": messages, "steps": steps, "temperature": temperature, "seed": seed, "max_tokens": 256}
-        cases.append({"body": body, "text": answer.text, "tokens": answer.length})
-    return cases
+        bodies.append(body)
+    engine = Engine(loaded, tokenizer)
+    seeds = [derive_seed(config.seed, 0, 0) for config in configs]  # as if each were decoded alone
+    start = time.perf_counter()
+    answers = engine.generate(prompts, configs, seeds=seeds)
+    rate = sum(a.length for a in answers) / (time.perf_counter() - start)
+    return [{"body": b, "text": a.text, "tokens": a.length} for b, a in zip(bodies, answers, strict=True)], rate
 
 
 class Load:
@@ -123,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", help="write the results to this file")
     options = parser.parse_args()
-    cases = make_cases(options.model)
+    cases, offline = make_cases(options.model)
     process, url = start(options.model)
     try:
         load = Load(url, cases, options.seconds)
@@ -148,6 +153,7 @@ def main() -> None:
         "broken_off": load.broken_off,
         "errors": len(load.errors),
         "tokens_per_second": round(load.tokens / seconds),
+        "offline_tokens_per_second": round(offline),
         "answers_per_second": round(load.answers / seconds, 1),
         "first_text_ms": round(1000 * statistics.median(load.first)),
         "answer_ms": round(1000 * statistics.median(load.whole)),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t3d.errors import T3DError
+
 CLEAN = 0  # the copy number of clean tokens; noisy copies count from 1
 PADDING = -1  # the document number of padding
 
@@ -73,5 +75,23 @@ class Layout:
         return create_block_mask(mask_mod, rows, None, length, length, device=d.device)
 
     def attention_mask(self, implementation: str):
-        """The form a transformers model with this attention implementation takes."""
-        return self.flex_mask() if implementation == "flex_attention" else self.boolean_mask()
+        """The form that a transformers model with this attention implementation takes.
+
+        Raises:
+            T3DError: if the implementation has no form for such a mask.
+        """
+        if implementation == "flex_attention":
+            return self.flex_mask()
+        if implementation == "sdpa":
+            return self.boolean_mask()
+        if implementation == "eager":  # it adds the mask to the scores
+            mask = self.boolean_mask()
+            return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        if implementation == "block_sdpa":
+            from t3d.block_attention import plan
+
+            return plan(self)
+        raise T3DError(
+            f"attention implementation {implementation!r} knows no block mask; "
+            "use sdpa, flex_attention, block_sdpa or eager"
+        )

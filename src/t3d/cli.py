@@ -346,7 +346,7 @@ def import_command(
 def serve_command(
     models: Annotated[
         list[str],
-        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL...", show_default=False),
+        typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
     ],
     host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
         "127.0.0.1"
@@ -358,10 +358,13 @@ def serve_command(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="default denoising steps per block; unset: the block size")] = None,
-    strategy: Annotated[str, typer.Option(help="default unmasking strategy")] = "low_confidence_static",
-    threshold: Annotated[float, typer.Option(help="default confidence for a dynamic strategy")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="default temperature; 0 is greedy")] = 0.0,
+    steps: Annotated[int | None, typer.Option(help="denoising steps per block, where a request does not say")] = None,
+    strategy: Annotated[str | None, typer.Option(help="unmasking strategy, likewise")] = None,
+    threshold: Annotated[float | None, typer.Option(help="of a dynamic strategy, likewise")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, likewise")] = None,
+    decoding: Annotated[
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+    ] = None,
     max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
@@ -374,16 +377,23 @@ def serve_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
 ) -> None:
-    """Serve models with OpenAI's API, and a page at / where they can be watched and compared."""
+    """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
+
+    Requests that do not say how to decode are decoded as is given here, else as the checkpoint recommends in
+    generation_config.json, else greedily with as many steps as a block has tokens.
+    """
     try:
         from t3d.serve.server import serve
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
-    from t3d.decoding import DecodingConfig
+    from t3d.decoding import load_decoding
     from t3d.log import to_terminal
     from t3d.serve.config import ServeConfig, read_key
 
     to_terminal()
+    given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
+    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings |= {name: value for name, value in given.items() if value is not None}
     config = ServeConfig(
         host=host,
         port=port,
@@ -394,6 +404,6 @@ def serve_command(
         timeout=timeout,
         body_timeout=body_timeout,
         grace=grace,
-        decoding=DecodingConfig(steps=steps, strategy=strategy, threshold=threshold, temperature=temperature),
+        decoding=settings,
     )
     serve(models, config, dtype, device, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens)

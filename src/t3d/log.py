@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 log = logging.getLogger("t3d")
-_SOURCES = ("t3d", "transformers", "py.warnings")
+_LIBRARIES = ("transformers", "huggingface_hub", "datasets", "py.warnings")
+_SOURCES = ("t3d", *_LIBRARIES)
 
 
 def to_terminal() -> None:
@@ -17,9 +18,11 @@ def to_terminal() -> None:
     logging.raiseExceptions = False  # a full disk is reported once, not for every line of the log
     transformers_logging.disable_default_handler()
     transformers_logging.disable_progress_bar()  # one for every file it reads or writes
-    for name in ("transformers", "py.warnings"):
+    for name in _LIBRARIES:
         logging.getLogger(name).propagate = False
+        logging.getLogger(name).handlers.clear()
         logging.getLogger(name).addHandler(logging.NullHandler())
+    logging.getLogger("DeepSpeed").addFilter(_NotToStdout())
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:
@@ -27,6 +30,14 @@ def to_terminal() -> None:
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+
+
+class _NotToStdout(logging.Filter):
+    """For a library whose own handler writes to stdout, which belongs to results: to the log instead."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        log.debug("%s: %s", record.name, record.getMessage())
+        return False
 
 
 @contextlib.contextmanager

@@ -42,22 +42,28 @@ def decoder_logits(model, trajectory, noisy_block, first):
     block_size=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32]),
     documents=st.integers(1, 4),
     copies=st.integers(1, 3),
-    packed=st.booleans(),
+    pack_length=st.sampled_from([0, 1, 400, 10**6]),
     objective=st.sampled_from(["t3d", "sft"]),
+    attention=st.sampled_from(["sdpa", "eager", "block_sdpa", "flex_attention"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_noisy_blocks_have_the_decoders_logits(seed, block_size, documents, copies, packed, objective):
+def test_noisy_blocks_have_the_decoders_logits(seed, block_size, documents, copies, pack_length, objective, attention):
     rng = np.random.default_rng(seed)
     model = make_model(block_size=block_size)
+    model.set_attn_implementation(attention)
     trajectories = [
         random_trajectory(rng, block_size, int(rng.integers(1, 20)), int(rng.integers(1, 4))) for _ in range(documents)
     ]
     config = T3DConfig(output_dir="unused", objective=objective, states_per_sequence=copies, seed=seed, use_cpu=True)
     dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
-    batch = TrainingBatch(**collate([dataset[i] for i in range(documents)], PAD, block_size, 400 if packed else 0))
+    batch = TrainingBatch(**collate([dataset[i] for i in range(documents)], PAD, block_size, pack_length))
     layout = batch.layout
-    with torch.no_grad():
-        logits = model(batch.input_ids, layout.boolean_mask(), batch.position).logits
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # FlexAttention, too: compiling takes a minute
+        everywhere = torch.arange(batch.input_ids.numel())
+        logits = model(batch.input_ids, layout.attention_mask(attention), batch.position, select=everywhere).view(
+            *batch.input_ids.shape, -1
+        )
+    model.set_attn_implementation("sdpa")
     checked = 0
     for d, trajectory in enumerate(trajectories):
         first_noisy = len(trajectory.prompt_ids) // block_size * block_size
@@ -81,7 +87,7 @@ def test_supervised_positions_are_the_counted_masked_tokens(seed, packed):
     config = T3DConfig(output_dir="unused", states_per_sequence=2, seed=seed, random_ratio=0.3, use_cpu=True)
     dataset = StateDataset(trajectories, config, 4, MASK, vocabulary=60)
     examples = [dataset[i] for i in range(3)]
-    batch = TrainingBatch(**collate(examples, PAD, 4, 200 if packed else 0))
+    batch = TrainingBatch(**collate(examples, PAD, 4, 200 if packed else 1))
     document, position, copy = (x.flatten()[batch.select] for x in (batch.document, batch.position, batch.copy))
     for d, c, p, target in zip(document.tolist(), copy.tolist(), position.tolist(), batch.target.tolist(), strict=True):
         place = p - len(trajectories[d].prompt_ids)

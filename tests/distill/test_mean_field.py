@@ -21,7 +21,7 @@ def make_batch(seed=0, documents=3, packed=False, block_size=4, **settings):
     config = T3DConfig(output_dir="unused", objective="mean_field", mask_exponent=1.0, use_cpu=True, **settings)
     dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
     examples = [dataset[i] for i in range(documents)]
-    return TrainingBatch(**collate(examples, PAD, block_size, 200 if packed else 0)), config
+    return TrainingBatch(**collate(examples, PAD, block_size, 200 if packed else 1)), config
 
 
 def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint():

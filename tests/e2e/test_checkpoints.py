@@ -1,6 +1,7 @@
 """Checkpoints through the command line: converted, trained, exported, and what a student says of itself."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,13 @@ import pytest
 import yaml
 
 from e2e.test_bad_input import refused
+from t3d.config import load_recipe
 from t3d.models import load_model
 from t3d.models.recommended import recommend, recommended
+from t3d.pipeline.card import describe_student
+from t3d.pipeline.folder import RunFolder
 from t3d.trajectories import TrajectoryDataset
+from t3d.trajectories.fingerprint import model_fingerprint
 from tests.conftest import make_model
 from tests.models.test_convert import autoregressive
 
@@ -46,7 +51,7 @@ def test_a_mixture_of_experts_goes_through_a_run(t3d, write_recipe, tiny):
     refused(t3d("run", recipe, "model.architecture.model_type=other", "--force"), "sdar_moe")
 
 
-def test_a_student_says_how_it_was_made_and_how_to_decode_it(finished):
+def test_a_student_says_how_it_was_made(tmp_path, finished):
     run, _ = finished
     text = (run / "student" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
@@ -56,13 +61,39 @@ def test_a_student_says_how_it_was_made_and_how_to_decode_it(finished):
         assert f"| {row['model']} | {row['steps']} step" in text
     for words in ("objective `t3d`", "40 trajectories", "8 optimizer steps", "learning_rate: 0.001", "torch 2"):
         assert words in text
-    best = recommended(run / "student")
-    assert best["strategy"] == "low_confidence_static"
-    assert best["steps"] in (4, 1)
+    again = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(run.parent.parent / "recipe.yaml")
+    assert json.loads((run / "student" / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
+
+
+def test_the_best_setting_is_recommended(tmp_path, finished):
+    source = finished[0]
+    run = shutil.copytree(source, tmp_path / "run")
+    recipe = load_recipe(source.parent.parent / "recipe.yaml")
+    before = model_fingerprint(load_model(run / "student", device="cpu")[0])
+    summary = json.loads((run / "summary.json").read_text())
+
+    def recommend_with(**accuracy) -> dict:
+        for row in summary["rows"]:
+            if row["model"] == "student":
+                value = accuracy[f"steps{row['steps']}"]
+                row["accuracy"], row["ci95"] = value, [max(value - 0.1, 0), min(value + 0.1, 1)]
+        (run / "summary.json").write_text(json.dumps(summary))
+        with RunFolder(run) as folder:
+            describe_student(folder, recipe)
+        return recommended(load_model(run / "student", device="cpu")[0])
+
+    assert recommend_with(steps4=0.0, steps1=0.0) == {}
+    assert recommend_with(steps4=0.8, steps1=0.75)["steps"] == 1  # not worse, and faster
+    assert "recommends **1 step**" in (run / "student" / "README.md").read_text()
+    best = recommend_with(steps4=0.8, steps1=0.65)
+    assert best == {
+        "block_size": 4, "steps": 4, "strategy": "low_confidence_static", "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+    }  # fmt: skip
     generation = json.loads((run / "student" / "generation_config.json").read_text())
-    assert generation["do_sample"] is False
-    assert len(generation["eos_token_id"]) == 2  # as the teacher has them
-    assert recommended(load_model(run / "student", device="cpu")[0]) == best
+    assert (generation["do_sample"], generation["eos_token_id"]) == (False, [1, 0])
+    assert model_fingerprint(load_model(run / "student", device="cpu")[0]) == before
 
 
 def test_generate_decodes_as_the_checkpoint_recommends(t3d, tiny):

@@ -100,6 +100,7 @@ def test_samples_seeds_and_checkpoints(t3d, write_recipe, tiny, finished):
         ("eval.checkpoints=[nowhere]", "no such checkpoint folder: nowhere"),
         ("eval.checkpoints=[papers]", "papers is not a checkpoint folder: it has no config.json"),
         ("eval.checkpoints=[broken]", "cannot load the weights of broken"),
+        ("eval.scorer=nowhere", "cannot load the scorer nowhere"),
         ("eval.max_tokens=16", "eval.max_tokens"),
         ("task.template='Now: {question}'", "task.template"),
         ("task.name=prompts", "task.name"),
@@ -114,7 +115,7 @@ def test_what_is_there_is_never_overwritten(t3d, write_recipe, tiny, evaluated, 
     (t3d.folder / "broken" / "model.safetensors").write_bytes(b"half")
     run = t3d.folder / "runs" / "recipe"
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "log.txt"}
-    done = t3d("eval", recipe, change)
+    done = t3d("eval", recipe, change, "eval.text=true") if "scorer" in change else t3d("eval", recipe, change)
     assert (done.code, done.stdout) == (2, ""), done
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -129,6 +130,24 @@ def evaluated(tmp_path_factory, forkserver, write_recipe):
     program = Program(tmp_path_factory.mktemp("evaluated"), forkserver)
     assert program("eval", write_recipe(program.folder)).code == 0
     return program.folder / "runs"
+
+
+def test_free_text_is_scored(t3d, write_recipe):
+    """Paragraphs of a plain text file; BLEU and the like, and perplexity under the embedded teacher."""
+    pytest.importorskip("sacrebleu", reason="needs t3d[text]")
+    words = "Mia had 4 apples and then Tom gave away 3 books"
+    (t3d.folder / "plain.txt").write_text("\n\n".join(f"{words} {i} " * 8 for i in range(3)))
+    task = {"name": "continuation", "path": "plain.txt", "num_eval": None}
+    recipe = write_recipe(t3d.folder, task=task, eval={"text": True, "scorer": "embedded", "max_tokens": 16})
+    done = t3d("eval", recipe)
+    assert done.code == 0, done.stderr
+    assert "rouge l" in done.stdout
+    for row in rows(t3d.folder):
+        assert row["accuracy"] is None
+        assert row["num_problems"] == 3
+        assert row["extra"]["perplexity"] > 1
+        assert {"bleu", "rouge_l", "distinct_1", "distinct_2", "reference_perplexity"} <= row["extra"].keys()
+    assert rows(t3d.folder)[0]["extra"]["teacher_same"] == 1
 
 
 def test_results_of_another_origin_are_refused(t3d, write_recipe, evaluated):

@@ -8,6 +8,7 @@ import torch
 from t3d.errors import T3DError
 from t3d.models import load_model, save_model
 from t3d.models.export import export
+from t3d.tasks.word_problems import build_tokenizer
 from tests.conftest import make_model
 from tests.models.helpers import logits
 
@@ -78,3 +79,18 @@ def test_an_export_that_reads_differently_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(T3DError, match="gives other logits"):
         export(tmp_path / "m", tmp_path / "out")
     assert torch.equal(logits(load_model(tmp_path / "out")[0]), logits(make_model(seed=2)))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "lmdeploy"])
+def test_a_mixture_of_experts_for_another_engine(tmp_path, engine):
+    model = make_model(family="sdar_moe", vocab_size=151936, hidden=8, heads=1, kv_heads=1, mlp_only_layers=[0])
+    model.config.mask_token_id = 151669
+    save_model(model, tmp_path / "m", build_tokenizer())
+    if engine == "sglang":  # it has experts in every layer
+        with pytest.raises(T3DError, match="some layers have no experts"):
+            export(tmp_path / "m", tmp_path / "out", engine=engine)
+        return
+    export(tmp_path / "m", tmp_path / "out", engine=engine)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"] == {"AutoConfig": "configuration_sdar_moe.SDARMoeConfig"}
+    assert (tmp_path / "out" / "configuration_sdar_moe.py").exists()

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from t3d.decoding import DecodingConfig
@@ -126,3 +127,33 @@ def test_what_no_family_can_do_is_refused(tmp_path):
         with pytest.raises(T3DError, match=words) as error:
             load_model(tmp_path / "m")
         assert "\n" not in str(error.value)
+
+
+def test_weights_that_no_layer_takes_are_said(tmp_path, caplog, monkeypatch):
+    from t3d.log import log
+
+    monkeypatch.setattr(log, "propagate", True)
+    save_model(make_model(tie=True), tmp_path / "m")
+    load_model(tmp_path / "m")
+    assert not caplog.records
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}))
+    load_model(tmp_path / "m")
+    assert "model.layers.1.input_layernorm.weight" in caplog.text
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_in_the_files_of_a_model_with_tied_embeddings(tmp_path, factor):
+    """Published either way. If it differs from the embedding, it counts, and what is saved says so."""
+    save_model(make_model(tie=True), tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["lm_head.weight"] = factor * weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(tmp_path / "m")
+    torch.testing.assert_close(logits(model), factor * logits(make_model(tie=True)))
+    save_model(model, tmp_path / "n")
+    config = json.loads((tmp_path / "n" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (factor == 1)
+    assert ("lm_head.weight" in names(tmp_path / "n")) is (factor == 2)
+    assert torch.equal(logits(load_model(tmp_path / "n")[0]), logits(model))

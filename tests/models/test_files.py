@@ -99,6 +99,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def only_pickles(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -109,6 +115,7 @@ def cut(path):
         (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json"),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+        (only_pickles, "only safetensors are read"),
     ],
 )
 def test_what_is_missing_or_cut_short_is_named(tmp_path, damage, words):
@@ -143,6 +150,13 @@ def test_code_of_the_source_is_carried_over_and_never_run(tmp_path):
     assert config["fuse_cross_entropy"] is True
     again, _ = load_model(tmp_path / "student")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_model_that_was_not_loaded_brings_nothing_of_the_working_folder(tmp_path, monkeypatch):
+    save_model(make_model(), tmp_path / "here")
+    monkeypatch.chdir(with_code(tmp_path / "here"))
+    save_model(make_model(), tmp_path / "m")
+    assert not list((tmp_path / "m").glob("*.py"))
 
 
 def test_code_that_is_not_there_is_not_promised(tmp_path):

@@ -100,6 +100,7 @@ def start(tmp_path_factory):
         servers.append(Server(Program(tmp_path_factory.mktemp("serve"), context), *arguments))
         return servers[-1]
 
+    start.context = context
     yield start
     for server in servers:
         done = server.stop()

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from t3d import Engine, load_model
+from t3d import DecodingConfig, Engine, load_model
 from t3d.errors import T3DError
 from t3d.serve.app import create_app
 from t3d.serve.config import ServeConfig
 from t3d.serve.model import Served, name_of
+from t3d.serve.schema import CompletionBody
 from t3d.serve.worker import open_worker
 
 
@@ -17,7 +18,7 @@ from t3d.serve.worker import open_worker
 def served(tiny):
     config = ServeConfig(timeout=2)
     engine = Engine(*load_model(tiny, device="cpu"), max_batch_size=4)
-    return Served(open_worker(engine, "tiny", max_queue=4), config.decoding), config
+    return Served(open_worker(engine, "tiny", max_queue=4), DecodingConfig()), config
 
 
 async def call(app, method: str, path: str, body: dict | None, send):
@@ -121,6 +122,25 @@ def test_a_model_that_cannot_go_on_is_reported(served, monkeypatch):
 
     during(app, work())
     assert [answers[0]["status"] for answers in sent] == [500, 503, 503]
+
+
+def test_a_cancelled_job_does_not_look_finished(served):
+    """Whoever waits for its events may see the cancellation late: between two forwards, with one still to be read."""
+    model, config = served
+    app = create_app([model], config)
+
+    async def work():
+        requests = model.complete(CompletionBody(prompt="abc", max_tokens=400, ignore_eos=True))
+        job = model.worker.submit(requests)
+        batches = aiter(job)
+        await anext(batches)
+        job.queue.put_nowait([])
+        job.cancel()
+        await anext(batches)
+        with pytest.raises(asyncio.CancelledError):
+            await anext(batches)
+
+    during(app, work())
 
 
 def test_two_models_of_one_name_are_refused(served):

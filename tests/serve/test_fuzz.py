@@ -64,7 +64,7 @@ def encode(body) -> bytes:
 def test_any_value_in_any_field(http, path):
     names = sorted({*MODELS[path].model_fields, *UNSUPPORTED, *IGNORED, "nonsense"})
 
-    @settings(SLOW, max_examples=120)
+    @settings(SLOW, max_examples=60)
     @given(st.dictionaries(st.sampled_from(names), values, max_size=4))
     def run(fields):
         body = BASE[path] | {"max_tokens": 6} | fields
@@ -103,7 +103,7 @@ def test_valid_settings_are_decoded(http, path):
         "return_details": st.booleans(),
     }
 
-    @settings(SLOW, max_examples=60)
+    @settings(SLOW, max_examples=40)
     @given(st.fixed_dictionaries({}, optional=fields))
     def run(body):
         response = http.post(path, json=BASE[path] | {"max_tokens": 12} | body)
@@ -113,7 +113,7 @@ def test_valid_settings_are_decoded(http, path):
     run()
 
 
-@settings(SLOW, max_examples=60)
+@settings(SLOW, max_examples=40)
 @given(st.one_of(st.binary(max_size=60), values.map(encode), st.text(max_size=30).map(str.encode)))
 def test_any_body(http, body):
     for path in MODELS:
@@ -147,7 +147,7 @@ def test_hostile_bodies(http, body):
     check(response)
 
 
-@settings(SLOW, max_examples=60)
+@settings(SLOW, max_examples=40)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_on_the_wire(server, http, data, request_line):
     """Not HTTP, or half of it, and gone."""

@@ -29,7 +29,7 @@ def strict(start, tiny, tmp_path_factory):
         "--max-body",
         "2000",
         "--timeout",
-        "2",
+        "3",
         "--body-timeout",
         "1",
     ]
@@ -153,14 +153,18 @@ def test_an_answer_that_takes_too_long(http):
 
 def test_a_full_queue(http):
     """Two are decoded, one waits; the next is told when to come back, and then is served."""
-    with ThreadPoolExecutor(3) as pool:
-        busy = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(3)]
-        eventually(lambda: metrics(http)["t3d_sequences_waiting"] == 1)
-        response = http.post("/v1/completions", json={"prompt": "abc"})
-        assert error_of(response, 429)["code"] == "queue_full"
-        assert 1 <= int(response.headers["retry-after"]) <= 60
-        assert error_of(http.post("/v1/completions", json={"prompt": "abc", "n": 4}), 400)["param"] == "n"  # never
-        assert [b.result().status_code for b in busy] == [504] * 3
+    for _ in range(5):  # on a busy machine the three may have run out of time before the fourth has come
+        with ThreadPoolExecutor(3) as pool:
+            busy = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(3)]
+            eventually(lambda b=busy: metrics(http)["t3d_sequences_waiting"] == 1 or any(x.done() for x in b))
+            response = http.post("/v1/completions", json={"prompt": "abc"})
+            never = http.post("/v1/completions", json={"prompt": "abc", "n": 4})
+            assert [b.result().status_code for b in busy] == [504] * 3
+        if response.status_code != 200:
+            break
+    assert error_of(response, 429)["code"] == "queue_full"
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert error_of(never, 400)["param"] == "n"
     assert http.post("/v1/completions", json={"prompt": "abc"}).status_code == 200
 
 

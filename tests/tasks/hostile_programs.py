@@ -166,6 +166,50 @@ def f(x):
     for _ in range(100000): y = [y]
     return y
 """,
+    "ends like a sandbox that did not start": """
+import os
+os._exit(97)
+""",
+    "forges names and answers": """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'{"names": {"f": ["h", 0], "abs": ["h", 0]}}\\n{"value": ["B", "object"], "changed": {}}\\n')
+    except OSError: pass
+""",
+    "a number that takes for ever to read": """
+from decimal import Decimal
+from fractions import Fraction
+class F(Fraction):
+    def __str__(self): return '1e99999999'
+def f(x): return F(4)
+""",
+    "a deep answer on the pipe": """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'{"names": ' + b'[' * 60000 + b'\\n')
+    except OSError: pass
+""",
+    "memory that outlives its process": """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+taken = 0
+while taken < 1 << 30:
+    segment = libc.shmget(0, ctypes.c_size_t(1 << 25), 0o1666)
+    if segment < 0: raise MemoryError('no more')
+    address = libc.shmat(segment, None, 0)
+    ctypes.memset(ctypes.c_void_p(address), 1, 1 << 25)
+    libc.shmdt(ctypes.c_void_p(address))
+    taken += 1 << 25
+def f(x): return 4
+""",
+    "rewrites the arguments of the tests": """
+def f(x):
+    import gc
+    for o in gc.get_objects():
+        if type(o) is dict and 'tests' in o: o['tests'] = []
+    return 5
+""",
     "kills its neighbours": """
 import os, signal
 os.kill(-1, signal.SIGKILL) if os.getpid() < 9 else None

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -63,6 +64,49 @@ def test_hostile_programs_fail_cleanly(outcomes, attack):
     assert "\n" not in outcome.reason
 
 
+@isolated
+def test_the_kernel_would_end_programs_first(box):
+    """When memory runs out: what a program may take in many processes together has no limit of its own."""
+    marked = []
+
+    def look():
+        deadline = time.monotonic() + 20
+        while "1000" not in marked and time.monotonic() < deadline:
+            for process in _sandboxed():
+                with contextlib.suppress(OSError):
+                    marked.append((process / "oom_score_adj").read_text().strip())
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        box.function("import time\ntime.sleep(1)\n" + SQUARE, [TEST])
+        looking.result()
+    assert "1000" in marked
+
+
+def test_a_sandbox_that_could_not_be_set_up_is_no_verdict(box, monkeypatch):
+    starts, real = [], sandbox._Process
+
+    def failing(isolation, part, job, *args, **kwargs):
+        starts.append(part)
+        if len(starts) <= 2:
+            monkeypatch.setattr(sandbox, "CHILD", f"import os\nos._exit({sandbox.ISOLATION_FAILED})")
+        try:
+            return real(isolation, part, job, *args, **kwargs)
+        finally:
+            monkeypatch.setattr(sandbox, "CHILD", text)
+
+    text = sandbox.CHILD
+    monkeypatch.setattr(sandbox, "_Process", failing)
+    assert box.function(SQUARE, [TEST]).ok
+    assert starts == ["serve", "check"] * 2
+    starts.clear()
+    assert box.script("print(5)", [""], ["5"]).ok
+    assert starts == ["script"] * 3
+    starts.clear()
+    monkeypatch.setattr(sandbox, "TRIES", 1)
+    assert box.function(SQUARE, [TEST]).reason == sandbox.NO_SANDBOX
+
+
 def test_nothing_is_left_of_them(outcomes):
     assert outcomes["processes left"]
 
@@ -76,15 +120,23 @@ def _fewer_than(count: int, seconds: float = 10.0) -> bool:
 
 
 def _processes() -> int:
-    """Processes of the users that sandboxes run as, or, where they run as us, interpreters with our text."""
+    """How many sandboxed processes there are."""
     count = 0
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = b"sandbox_child" in (entry / "cmdline").read_bytes() or entry.stat().st_uid >= 1 << 30
-            count += ours and "Z" not in (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
+    for process in _sandboxed():
+        with contextlib.suppress(OSError):
+            count += "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[0]
     return count
+
+
+def _sandboxed() -> list[Path]:
+    """Processes of the users that sandboxes run as, or, where they run as us, interpreters with our text."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            text = b"cutting the process off" in (process / "cmdline").read_bytes()
+            if text or process.stat().st_uid >= 1 << 30:
+                found.append(process)
+    return found
 
 
 LOOKS_OUT = """

@@ -4,6 +4,8 @@ import json
 from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
 from t3d.embedded import EMBEDDED
@@ -12,7 +14,7 @@ from t3d.errors import T3DError
 from t3d.models import load_model
 from t3d.tasks import TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
-from t3d.trajectories import TrajectoryDataset
+from t3d.trajectories import TrajectoryDataset, validate
 from t3d.trajectories.upstream import import_rollouts
 
 TOKENIZER = build_tokenizer()
@@ -146,3 +148,26 @@ def test_a_file_of_no_records(tmp_path, text):
         import_rollouts(tmp_path / "r.json", tmp_path / "out", TOKENIZER, STOPS)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), block_size=st.integers(1, 8), prompt=st.integers(1, 10), length=st.integers(1, 20))
+def test_any_step_map_comes_back(tmp_path_factory, data, block_size, prompt, length):
+    """Digits are tokens of their own, so that any number of tokens can be written as text."""
+    tail, at, steps, global_steps, clock = prompt % block_size, 0, [], [], 0
+    while at < length:
+        size = min(block_size - (tail if at == 0 else 0), length - at)
+        block = data.draw(st.lists(st.integers(0, block_size - 1), min_size=size, max_size=size))
+        block = [step - min(block) for step in block]
+        steps += block
+        global_steps += [clock + 1 + step for step in block]
+        clock += max(block) + 1
+        at += size
+    folder = tmp_path_factory.mktemp("any")
+    row = {"question": "?", "prompt": "1" * prompt, "full_output": ["7" * length], "step_map": [global_steps]}
+    (folder / "r.json").write_text(json.dumps([row]))
+    assert import_rollouts(folder / "r.json", folder / "out", TOKENIZER, STOPS, block_size).kept == 1
+    (t,) = TrajectoryDataset(folder / "out")
+    assert (len(t.prompt_ids), t.length, t.step_map[:length]) == (prompt, length, steps)
+    assert (t.finish_reason, t.nfe.denoise) == ("length", clock)
+    assert validate(t) is t

@@ -79,8 +79,17 @@ class T3DConfig(TrainingArguments):
     soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
+    recompute: str = _help(
+        "computed again in the backward pass: 'cheap' (all but products and attention), 'nothing', or 'auto', 'cheap' "
+        "on a CPU, else 'nothing'; gradient_checkpointing=true computes everything again",
+        "auto",
+    )
+    pack_length: int = _help(
+        "pack several trajectories into rows of this many tokens; 0: a micro-batch into one row where attention costs "
+        "only what is seen (block_sdpa, flex_attention), else into rows as long as its longest trajectory",
+        0,
+    )
     drop_truncated: bool = _help("drop trajectories that did not stop by themselves", False)
-    pack_length: int = _help("pack several trajectories into rows of this many tokens; 0: one to a row", 0)
     lora_rank: int = _help("train adapters of this rank (LoRA, needs t3d[lora]); 0: all weights", 0)
     lora_alpha: float = _help("the adapters' output is scaled by this / rank; 0: twice the rank", 0.0)
     lora_dropout: float = _help("dropout before the adapters", 0.0)
@@ -154,6 +163,8 @@ class T3DConfig(TrainingArguments):
         check(self.tad_near >= 1, f"tad_near must be at least 1, got {self.tad_near}")
         for name in ("certainty_weight", "tad_kl_weight", "cdlm_distill", "cdlm_consistency", "cdlm_denoising"):
             check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        kinds = ("auto", "cheap", "nothing")
+        check(self.recompute in kinds, f"recompute is one of {', '.join(kinds)}, got {self.recompute!r}")
         check(self.path_k >= 1, f"path_k must be at least 1, got {self.path_k}")
         check(
             self.states_per_sequence >= 1,

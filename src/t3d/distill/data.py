@@ -171,16 +171,17 @@ class StateDataset(Dataset):
 
 
 def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
-    """Put examples into rows, one each or packed up to `pack_length` tokens; the fields of a `TrainingBatch`.
+    """Put examples into rows of up to `pack_length` tokens (0: as many as the longest has): a batch's fields.
 
-    Document numbers are places in `examples`.
+    An example is never split: one that is longer has a row of its own. Document numbers are places in `examples`.
     """
     rows: list[list[int]] = []
     room: list[int] = []
     sizes = [len(example["input_ids"]) for example in examples]
+    pack_length = pack_length or max(sizes)
     for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):  # first-fit decreasing
         size = sizes[i]
-        row = next((r for r, left in enumerate(room) if size <= left), None) if pack_length else None
+        row = next((r for r, left in enumerate(room) if size <= left), None)
         if row is None:
             rows.append([])
             room.append(pack_length)

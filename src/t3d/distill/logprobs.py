@@ -32,14 +32,25 @@ def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int,
 @torch.no_grad()
 def choose_tokens(hidden: Tensor, weight: Tensor, mask_id: int, temperature: float = 0.0, chunk: int = CHUNK) -> Tensor:
     """The model's own choice at each position, int64 `(m,)`: argmax, or one sample at `temperature`."""
-    choices = []
-    for h in hidden.split(chunk):
+    return in_chunks(lambda h: _choose(mask_free_logits(h, weight, mask_id), temperature), hidden, chunk=chunk)
+
+
+@torch.no_grad()
+def compare_tokens(hidden: Tensor, weight: Tensor, target: Tensor, mask_id: int, temperature: float = 0.0):
+    """The target `(m,)` and the model's own choice at each position, int64 `(m, 2)`, and log p of both, `(m, 2)`."""
+
+    def compare(h: Tensor, x: Tensor):
         logits = mask_free_logits(h, weight, mask_id)
-        if temperature > 0:
-            choices.append(torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(-1))
-        else:
-            choices.append(logits.argmax(-1))
-    return torch.cat(choices)
+        tokens = torch.stack([x, _choose(logits, temperature)], 1)
+        return tokens, logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+
+    return in_chunks(compare, hidden, target)
+
+
+def _choose(logits: Tensor, temperature: float) -> Tensor:
+    if temperature > 0:
+        return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(-1)
+    return logits.argmax(-1)
 
 
 def _token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_id: int) -> Tensor:

@@ -24,6 +24,7 @@ from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import STUDENT, add_adapter, merged, plain
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
+from t3d.distill.recompute import recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.sampler import DrawSampler
 from t3d.distill.sharding import Sharding
@@ -75,17 +76,30 @@ class T3DTrainer(Trainer):
             if network is not None:
                 head = plain(network).get_output_embeddings()
                 head.__class__ = Head
+        for network in (model, reference):
+            if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
+                network.set_attn_implementation("block_sdpa")
+        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
             train_dataset=states,
             data_collator=partial(
-                collate, pad_id=pad_id, block_size=model.config.block_size, pack_length=args.pack_length
+                collate,
+                pad_id=pad_id,
+                block_size=model.config.block_size,
+                pack_length=args.pack_length or (sys.maxsize if one_row else 0),
             ),
             processing_class=processing_class,
             **kwargs,
         )
         self.sharding = Sharding(self.accelerator)
+        whole = not self.sharding.sharded
+        if args.recompute == "cheap" and not whole:
+            raise T3DError(f"train.recompute=cheap does not go with {self.sharding.name}; use gradient_checkpointing")
+        cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu" and whole)
+        if cheap and not args.gradient_checkpointing:
+            recompute_cheap(model)
         if args.use_muon and (self.sharding.sharded or self.sharding.zero):
             raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
         self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up

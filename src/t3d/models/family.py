@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from t3d.block_attention import BlockPlan
 from t3d.errors import T3DError
 
 
@@ -59,6 +60,8 @@ class SelectiveHead:
         `head(hidden (m, width), weight (vocab, width))` replaces the plain projection and its result is returned; it
         runs inside forward, where a sharded model has its weights gathered. Otherwise as in transformers.
         """
+        if isinstance(attention_mask, BlockPlan):  # transformers passes on 4-D tensors and keywords only
+            attention_mask, kwargs["plan"] = input_ids.new_empty(0, 0, 0, 0), attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if select is None:
             return super().forward(**inputs, **kwargs)

@@ -76,6 +76,8 @@ def check_weights(folder: Path) -> None:
         path = folder / name
         if not path.exists():
             more = f" (of {len(files)} that {INDEX} names)" if len(files) > 1 else ""
+            if any(folder.glob("pytorch_model*.bin")):
+                more = "; there is a pytorch_model.bin, but only safetensors are read"
             raise T3DError(f"cannot load the weights of {folder}: {name} is missing{more}")
         try:
             with safe_open(path, framework="pt"):

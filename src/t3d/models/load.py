@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from t3d.errors import T3DError
+from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
 
@@ -81,6 +82,12 @@ def load_weights(
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or sorted(key for key, *_ in info["mismatched_keys"])
         raise T3DError(f"{name}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}")
+    if unused := sorted(info["unexpected_keys"]):
+        log.warning(
+            "%s: %d weights in the files are not part of the model, the first is %s", name, len(unused), unused[0]
+        )
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = tied  # files that have both, and different ones, overrule config.json
     model.get_input_embeddings().padding_idx = None  # padding is told by length; a stop token that pads is trained, too
     return model.eval()
 

@@ -43,9 +43,9 @@ def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_sh
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         _for_transformers_4(folder)
-    source = Path(source or model.name_or_path or "")
-    if (source / "config.json").exists():
-        _carry_over(source, folder, tokenizer)
+    source = source or model.name_or_path  # empty for a model that was not loaded
+    if source and (Path(source) / "config.json").exists():
+        _carry_over(Path(source), folder, tokenizer)
     _drop_dangling(folder)
 
 

@@ -17,6 +17,9 @@ from t3d.models.recommended import recommended
 DEFAULTS = {"steps": None, "strategy": "low_confidence_static", "threshold": 0.9}
 MASK_ID = 151669  # both engines have it in their source, whatever config.json says
 
+NEEDED = ("rope_theta", "architectures", "block_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+NEEDED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
 # A configuration class for the engines' transformers, where the checkpoint brings none: without one they refuse the
 # model type. The engines have the model itself.
 CONFIGURATION = '''"""Configuration of an SDAR checkpoint, for libraries that do not know its model type."""
@@ -113,9 +116,12 @@ def prepare(folder: Path, engine: str) -> None:
         )
     if not any((folder / name).exists() for name in TOKENIZER_FILES[:3]):
         raise T3DError(f"{engine} cannot serve it: there is no tokenizer")
-    for key in ("rope_theta", "architectures", "block_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    moe = config["model_type"] == "sdar_moe"
+    for key in NEEDED + (NEEDED_MOE if moe else ()):
         if config.get(key) is None:
             raise T3DError(f"{engine} cannot serve it: config.json has no {key}")
+    if engine == "sglang" and moe and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise T3DError("SGLang cannot serve it: some layers have no experts, and there all have")
     _describe_type(folder, config)
     decode = DEFAULTS | recommended(folder)
     (folder / serving.file).write_text(serving.content(config["block_size"], decode), encoding="utf-8")

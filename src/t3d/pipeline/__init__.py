@@ -94,7 +94,7 @@ def lead(
                         train(run, recipe, inputs, processes)
                 else:
                     WORK[stage](run, recipe, inputs)
-                if stage in ("train", "eval"):
+                if stage in ("train", "eval") and (run / "student").exists():
                     describe_student(run, recipe)
     return run
 

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from t3d.config import Recipe
+import yaml
+
+from t3d.config import SECTIONS, Recipe, keys
 from t3d.disk import write_whole
 from t3d.evaluation.results import markdown
 from t3d.evaluation.rows import percent, setting
@@ -34,12 +36,13 @@ def describe_student(run: RunFolder, recipe: Recipe) -> None:
 def best_row(rows: list[dict], model: str = "student") -> dict | None:
     """The fastest row of a model (tokens per forward) that is not worse than its most accurate one.
 
-    Not worse: its accuracy is inside that one's 95% interval. None where nothing was verified.
+    Not worse: its accuracy is inside that one's 95% interval. None where nothing was found correct.
     """
     judged = [row for row in rows if row["model"] == model and row["accuracy"] is not None]
-    if not judged:
+    top = max(judged, key=lambda row: (row["accuracy"], row["tpf"]), default=None)
+    if top is None or not top["accuracy"]:
         return None
-    floor = max(judged, key=lambda row: (row["accuracy"], row["tpf"]))["ci95"][0]
+    floor = top["ci95"][0]
     return max((row for row in judged if row["accuracy"] >= floor), key=lambda row: (row["tpf"], row["accuracy"]))
 
 
@@ -64,7 +67,7 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
         _data(run, recipe),
         "## Recipe",
         _training(run),
-        f"```yaml\n{recipe.to_yaml()}```",
+        f"```yaml\n{_yaml(recipe)}```",
         "## Versions",
         ", ".join(f"{name} {value}" for name, value in versions().items() if value is not None),
     ]
@@ -74,7 +77,7 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
 def _decode(best: dict | None) -> str:
     command = '```\nt3d generate . "How many legs have three spiders?"\n```'
     if best is None:
-        return f"{command}\n\nWithout `--steps`, in as many steps as a block has tokens: fewer were not evaluated."
+        return f"{command}\n\nThis takes as many steps as a block has tokens; `--steps` takes fewer."
     return (
         f"{command}\n\n`generation_config.json` (`block_diffusion`) recommends **{setting(best)}**, which this takes: "
         f"{percent(best['accuracy'])}% correct at {best['tpf']:.2f} tokens per forward. It is the fastest of the "
@@ -111,3 +114,14 @@ def _training(run: RunFolder) -> str:
         return "The recipe, as `t3d run` takes it:"
     state = json.loads(states[-1].read_text())
     return f"{state['global_step']:,} optimizer steps, {state['epoch']:.2f} epochs. The recipe, as `t3d run` takes it:"
+
+
+def _yaml(recipe: Recipe) -> str:
+    """The recipe without what is as by default."""
+    found = {}
+    for name, value in recipe.to_dict().items():
+        if name in SECTIONS:
+            value = {k: v for k, v in value.items() if v != keys(name)[k].default}
+        if value not in ({}, None):
+            found[name] = value
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=110)

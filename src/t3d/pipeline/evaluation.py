@@ -10,7 +10,7 @@ from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.evaluation import EvalRow, evaluate, read_summary, write_results, write_summary
 from t3d.evaluation.rows import row_name, setting
-from t3d.evaluation.scoring import load_scorer
+from t3d.evaluation.scoring import Scorer, load_scorer
 from t3d.evaluation.text import add_text_quality, check_libraries
 from t3d.log import log
 from t3d.models import load_model
@@ -48,8 +48,7 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         rows += found
     rows = with_earlier(run, rows)
     if recipe.eval.text:
-        scorer = recipe.eval.scorer and load_scorer(recipe.eval.scorer, recipe.model.device)
-        rows = add_text_quality(rows, run / "eval", scorer)
+        rows = add_text_quality(rows, run / "eval", _scorer(recipe))
     write_results(run / "eval", rows, task=recipe.task.name, seed=recipe.seed, versions=versions())
     write_summary(
         run / "summary.json",
@@ -81,10 +80,11 @@ def with_earlier(run: RunFolder, rows: list[EvalRow]) -> list[EvalRow]:
 
 
 def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
-    """Raises T3DError for settings that the model cannot decode with, prompts that do not fit it, and checkpoints that
-    are none."""
+    """Raises T3DError for settings that the model cannot decode with, prompts that do not fit it, and checkpoints (the
+    scorer too) that are none."""
     if recipe.eval.text:
         check_libraries()
+        _scorer(recipe)
     model, tokenizer = inputs.teacher
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
     names = [problem.id for problem in inputs.eval_problems]
@@ -93,6 +93,11 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
         if load_model(checkpoint(path), dtype=recipe.model.dtype, device="cpu")[1] is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
     _names(recipe.eval.checkpoints)
+
+
+def _scorer(recipe: Recipe) -> Scorer | None:
+    name = recipe.eval.scorer
+    return None if name is None else load_scorer(str(checkpoint(name)), recipe.model.device)
 
 
 def _names(checkpoints: tuple[str, ...]) -> dict[str, str]:

@@ -34,6 +34,7 @@ GROWING = {
     "eval.entropy_bound",
     "eval.factor",
     "eval.risk",
+    "eval.decoding",
     "eval.temperature",
     "eval.samples",
     "eval.seeds",

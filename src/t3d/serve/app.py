@@ -25,6 +25,8 @@ from t3d.serve.metrics import Metrics
 from t3d.serve.model import Served
 from t3d.serve.schema import ChatBody, CompletionBody, Decoding, explain
 
+KNOBS = sorted({s.knob.name for s in STRATEGIES.values() if s.knob})
+
 
 def create_app(models: list[Served], config: ServeConfig) -> Guard:
     """An ASGI application that serves the models; their workers run from its startup to its shutdown."""
@@ -64,10 +66,7 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
             "context": served.worker.longest,
             "block_size": d.block_size or served.model.config.block_size,
             "steps": d.steps or d.block_size or served.model.config.block_size,
-            "strategy": d.strategy,
-            "threshold": d.threshold,
-            "temperature": d.temperature,
-        }
+        } | {name: getattr(d, name) for name in ("strategy", *KNOBS, "temperature", "top_k", "top_p")}
         return {"id": served.name, "object": "model", "created": started, "owned_by": "t3d", "t3d": ours}
 
     async def respond(form: Form, body: Decoding, request: Request) -> Response:

@@ -25,9 +25,13 @@ class ServeConfig:
     timeout: float = _help("seconds for one request, from its body's arrival to the end of its answer", default=600.0)
     body_timeout: float = _help("seconds for a request's head to arrive, and for its body", default=30.0)
     grace: float = _help("seconds that answers in progress get when the server is stopped", default=30.0)
-    decoding: DecodingConfig = _help("how to decode where a request does not say", default_factory=DecodingConfig)
+    decoding: dict = _help(
+        "fields of DecodingConfig where a request does not say; others as the checkpoint recommends",
+        default_factory=dict,
+    )
 
     def __post_init__(self):
+        DecodingConfig(**self.decoding)  # says what is wrong with it before anything is loaded
         if not 0 <= self.port < 65536:
             raise T3DError(f"--port must lie in 0..65535, got {self.port}")
         for name in ("max_queue", "grace"):

@@ -130,9 +130,9 @@ class Decoding(Strict):
             "stop_ids ignore_eos"
         )
         given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = default.stop if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
         seed = SystemRandom().randrange(1 << 63) if self.seed is None else self.seed
-        return replace(default, **given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)
+        return replace(default, **{"n": 1} | given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)
 
 
 class Part(BaseModel):

@@ -7,12 +7,14 @@ import socket
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from t3d.decoding.config import DecodingConfig
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.engine.intake import resolve
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model
+from t3d.models.recommended import recommended
 from t3d.serve.app import create_app
 from t3d.serve.config import ServeConfig
 from t3d.serve.guard import LOOPBACK
@@ -48,14 +50,23 @@ def load(models: list[str], config: ServeConfig, dtype=None, device=None, **engi
         model, tokenizer = load_model(checkpoint(path), dtype=dtype, device=device)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
-        resolve(config.decoding, model, tokenizer)  # says what does not fit this model
-        loaded.append((name, model, tokenizer))
+        loaded.append((name, model, tokenizer, _default(path, model, tokenizer, config.decoding)))
     served = []
-    for name, model, tokenizer in loaded:
+    for name, model, tokenizer, default in loaded:
         engine = Engine(model, tokenizer, memory_share=0.5 / len(loaded), **engine_options)
         worker = open_worker(engine, name, config.max_queue)
-        served.append(Served(worker, config.decoding))
+        served.append(Served(worker, default))
     return served
+
+
+def _default(path: str, model, tokenizer, settings: dict) -> DecodingConfig:
+    """How to decode where a request does not say: `settings`, then what the checkpoint recommends."""
+    try:
+        default = DecodingConfig(**recommended(model) | settings)
+        resolve(default, model, tokenizer)  # says what does not fit this model
+    except (T3DError, TypeError) as error:
+        raise T3DError(f"{path}: {error}") from error
+    return default
 
 
 def _listen(config: ServeConfig) -> socket.socket:

@@ -28,10 +28,13 @@ class Job:
     requests: list[Request]
     left: int  # sequences that have not ended; the worker counts
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
+    cancelled: bool = False
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         while self.left or not self.queue.empty():
             yield await self.queue.get()
+        if self.cancelled:  # who iterates must not take this for the end
+            raise asyncio.CancelledError
 
     def cancel(self) -> None:
         """Free what is left of it; nothing if it is done. To be called however a request ends."""
@@ -87,6 +90,8 @@ class Worker:
                 code="queue_full",
                 headers={"retry-after": str(self._seconds_for(self._left + len(requests) - self.capacity))},
             )
+        if not self._left:
+            self._ends.clear()  # the time of doing nothing says nothing about the speed
         first = self._next
         self._next += max(r.index for r in requests) + 1
         self._left += len(requests)
@@ -99,7 +104,7 @@ class Worker:
     def cancel(self, job: Job) -> None:
         if job.left:
             self._left -= job.left
-            job.left = 0
+            job.left, job.cancelled = 0, True
             self._tell("cancel", self._forget(job))
 
     def _forget(self, job: Job) -> list[int]:
@@ -109,7 +114,7 @@ class Worker:
         return indices
 
     def _seconds_for(self, sequences: int) -> int:
-        """When that many will have ended, going by the last ones. 1 to 60."""
+        """When that many will have ended, going by the last ones since there was nothing to do. 1 to 60."""
         recent = time.monotonic() - self._ends[0] if self._ends else 1.0
         return min(60, max(1, math.ceil(sequences * recent / max(1, len(self._ends)))))
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ OUTPUT = 1 << 20  # bytes of output that are read
 PROCESSES = 32
 FILE = 16 << 20  # bytes of one file
 CHILD = Path(__file__).with_name("sandbox_child.py").read_text(encoding="utf-8")
+ISOLATION_FAILED, NO_SANDBOX, TRIES = 97, "the sandbox could not be set up", 4
 _numbers = itertools.count()
 _TIME = {128 + signal.SIGKILL, 128 + signal.SIGXCPU}  # how a process ends that is out of CPU time
 
@@ -54,6 +55,18 @@ class Sandbox:
                 "or set task.allow_unsandboxed=true to run generated code with all your rights"
             )
 
+    def _retry(self, run: Callable[..., Outcome], *args) -> Outcome:
+        """What `run` finds; again, a few times, where a sandbox could not be set up: that is no verdict on the program.
+
+        A program can pretend so, and is then run again for nothing.
+        """
+        for attempt in range(TRIES):
+            outcome = run(*args)
+            if outcome.reason != NO_SANDBOX:
+                break
+            time.sleep(0.2 * attempt)
+        return outcome
+
     def function(
         self, program: str, tests: Sequence[str], setup: str = "", entry: Sequence[str] = (), seconds: float = 1.0
     ) -> Outcome:
@@ -63,6 +76,11 @@ class Sandbox:
         entry: the functions under test: only they may have the name of a builtin or of a standard module.
         seconds: CPU time for all tests together.
         """
+        return self._retry(self._function, program, tests, setup, entry, seconds)
+
+    def _function(
+        self, program: str, tests: Sequence[str], setup: str, entry: Sequence[str], seconds: float
+    ) -> Outcome:
         failed = (False,) * len(tests)
         # Descriptors: the program reads requests and writes replies, the tests do the opposite.
         requests_in, requests_out = os.pipe()
@@ -79,19 +97,26 @@ class Sandbox:
                 if report is None:
                     return Outcome(failed, f"out of time ({seconds:g} s)")
             passed, reason = _parse(report, len(tests))
-            if not all(passed) and served.exit_code(grace=0.5) in _TIME:
-                reason = f"out of time ({seconds:g} s)"
+            if not all(passed):
+                ended = served.exit_code(grace=0.5)
+                if ISOLATION_FAILED in (ended, checked.exit_code(grace=0.5)):
+                    reason = NO_SANDBOX
+                elif ended in _TIME:
+                    reason = f"out of time ({seconds:g} s)"
             return Outcome(passed, reason)
 
     def script(self, program: str, inputs: Sequence[str], outputs: Sequence[str], seconds: float = 1.0) -> Outcome:
         """Runs `program` once for each input, until one output differs (by more than white space)."""
+        return self._retry(self._script_tests, program, inputs, outputs, seconds)
+
+    def _script_tests(self, program: str, inputs: Sequence[str], outputs: Sequence[str], seconds: float) -> Outcome:
         passed = []
         for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), start=1):
             reason = self._script(program, given, expected, seconds)
             passed.append(not reason)
             if reason:
                 rest = (False,) * (len(inputs) - number)
-                return Outcome((*passed, *rest), f"test {number}: {reason}")
+                return Outcome((*passed, *rest), reason if reason == NO_SANDBOX else f"test {number}: {reason}")
         return Outcome(tuple(passed))
 
     def _script(self, program: str, given: str, expected: str, seconds: float) -> str:
@@ -104,6 +129,8 @@ class Sandbox:
             code = process.exit_code(max(0.0, deadline - time.monotonic()) if printed is not None else 0.0)
         if code is None or code in _TIME:
             return f"out of time ({seconds:g} s)"
+        if code == ISOLATION_FAILED:
+            return NO_SANDBOX
         if code != 0:
             return f"ended with exit code {code}"
         if printed.decode("utf-8", "replace").split() != expected.split():

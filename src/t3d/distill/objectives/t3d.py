@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch
-from t3d.distill.logprobs import choose_tokens, token_logprobs
+from t3d.distill.logprobs import compare_tokens, token_logprobs
 from t3d.distill.objectives.base import Forward, Objective, mean, segment_mean, segment_sum, segments
 
 
@@ -25,9 +25,7 @@ class DDO(Objective):
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
         def reference_head(hidden, weight):
-            fake = choose_tokens(hidden, weight, mask_id, config.reference_temperature)
-            tokens = torch.stack([batch.target, fake], 1)  # (m, 2): real, fake
-            return tokens, token_logprobs(hidden, weight, tokens, mask_id)
+            return compare_tokens(hidden, weight, batch.target, mask_id, config.reference_temperature)
 
         tokens, reference_logp = reference(reference_head)
         logp: Tensor = student(lambda h, w: token_logprobs(h, w, tokens, mask_id))  # (m, 2)

@@ -1,0 +1,181 @@
+"""Attention of training rows on the CPU: the work that the layout asks for, and no square mask.
+
+A dense mask makes every token of a row meet every other one. Here the tokens of a document are taken a chunk at a time,
+each against the keys that its blocks can see: the clean tokens before them, which lie in a row, and the chunk itself.
+Nothing meets another document or padding. Importing this registers it with transformers as
+`attn_implementation="block_sdpa"`; without a plan it is transformers' own SDPA.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from t3d.blocks import CLEAN, PADDING, Layout, sees
+
+NAME = "block_sdpa"
+CHUNK = 64  # queries at a time; a noisy chunk pays for all of its own keys and uses the diagonal
+
+
+@dataclass
+class Piece:
+    """Queries `start .. end` and the keys they meet: `prefix .. limit`, then `own .. end`, all in the plan's order."""
+
+    start: int
+    end: int
+    prefix: int
+    limit: int
+    own: int
+    mask: Tensor | None  # boolean (end - start, keys), True = sees; None: all
+
+
+@dataclass
+class BlockPlan:
+    """How to compute the attention of a `Layout`; made once per batch, used by every layer of every model.
+
+    order: the tokens that are not padding, as flat indices into rows * length: document by document, its clean tokens,
+    then its noisy ones by block. None: all of them, as they are.
+    """
+
+    order: Tensor | None
+    pieces: list[Piece]
+    _masks: dict[torch.dtype, list[Tensor | None]] = field(default_factory=dict)
+
+    def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Of each piece the mask that is added to its scores, or None."""
+        if dtype not in self._masks:
+            self._masks[dtype] = [
+                p.mask if p.mask is None else torch.zeros(p.mask.shape, dtype=dtype).masked_fill_(~p.mask, -torch.inf)
+                for p in self.pieces
+            ]
+        return self._masks[dtype]
+
+
+def plan(layout: Layout) -> BlockPlan:
+    rows, length = layout.document.shape
+    document, copy, position = (x.flatten() for x in (layout.document, layout.copy, layout.position))
+    block = layout.block.flatten()
+    places = torch.arange(rows * length)
+    first = torch.full((int(document.max()) + 2,), rows * length).scatter_reduce(0, document + 1, places, "amin")
+    order = places
+    for key in (position, copy, torch.where(copy == CLEAN, -1, block), first[document + 1]):  # the last counts most
+        order = order[torch.argsort(key[order], stable=True)]
+    order = order[document[order] != PADDING]
+    document, copy, block = document[order], copy[order], block[order]
+    pieces = []
+    _, sizes = torch.unique_consecutive(document, return_counts=True)
+    start = 0
+    for size in sizes.tolist():
+        noisy, end = start + int((copy[start : start + size] == CLEAN).sum()), start + size
+        for first, last in _chunks(copy, block, start, noisy):
+            pieces.append((first, last, start, start, start))  # the keys are one run
+        for first, last in _chunks(copy, block, noisy, end):
+            limit = start + int((block[start:noisy] < block[last - 1]).sum())
+            pieces.append((first, last, start, limit, first))
+        start = end
+    whole = torch.equal(order, places)
+    return BlockPlan(None if whole else order, [_piece(*places, document, copy, block) for places in pieces])
+
+
+def _chunks(copy: Tensor, block: Tensor, begin: int, stop: int):
+    """Runs of at most `CHUNK` tokens, or of one block where that is longer, that end where a block ends."""
+    _, sizes = torch.unique_consecutive(torch.stack([copy, block])[:, begin:stop], dim=1, return_counts=True)
+    first = last = begin
+    for size in sizes.tolist():
+        if last > first and last + size - first > CHUNK:
+            yield first, last
+            first = last
+        last += size
+    if last > first:
+        yield first, last
+
+
+def _piece(start: int, end: int, prefix: int, limit: int, own: int, *places: Tensor) -> Piece:
+    """places: document, copy and block of each token."""
+    keys = torch.cat([torch.arange(prefix, limit), torch.arange(own, end)])
+    mask = sees(*(x[start:end, None] for x in places), *(x[keys] for x in places))
+    return Piece(start, end, prefix, limit, own, None if mask.all() else mask)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """q (kv_heads, groups, tokens, dim); k, v (kv_heads, tokens, dim); all in the plan's order.
+
+    PyTorch's CPU kernels on every piece. By hand and not by autograd, because the gradient of a slice is a tensor of
+    zeros as large as what was sliced, for every piece.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float):
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for piece, mask in zip(plan.pieces, plan.masks(q.dtype), strict=True):
+            queries = slice(piece.start, piece.end)
+            out[:, :, queries], lse[:, :, queries] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, queries], _keys(k, piece, q), _keys(v, piece, q), attn_mask=mask, scale=scale
+            )
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for piece, mask in zip(ctx.plan.pieces, ctx.plan.masks(q.dtype), strict=True):
+            queries = slice(piece.start, piece.end)
+            dq[:, :, queries], *both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, queries],
+                q[:, :, queries],
+                _keys(k, piece, q),
+                _keys(v, piece, q),
+                out[:, :, queries],
+                lse[:, :, queries],
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            seen = piece.limit - piece.prefix
+            for total, part in zip((dk, dv), both, strict=True):
+                part = part.sum(1)
+                if seen:
+                    total[:, piece.prefix : piece.limit] += part[:, :seen]
+                total[:, piece.own : piece.end] += part[:, seen:]
+        return dq, dk, dv, None, None
+
+
+def _keys(x: Tensor, piece: Piece, q: Tensor) -> Tensor:
+    """A piece's keys or values for every query head, (kv_heads, groups, keys, dim), without a copy per group."""
+    own = x[:, piece.own : piece.end]
+    if piece.limit > piece.prefix:
+        own = torch.cat([x[:, piece.prefix : piece.limit], own], 1)
+    return own[:, None].expand(-1, q.shape[1], -1, -1)
+
+
+def block_sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, plan=None, **kwargs):
+    """transformers' attention function: query `(rows, heads, length, dim)`, key and value with fewer heads."""
+    if plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    rows, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    kind = query.device.type  # autocast knows PyTorch's own attention, but not this one
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    q, k, v = (_in_order(x, plan.order).to(dtype) for x in (query, key, value))
+    out = _BlockAttention.apply(q.unflatten(0, (kv_heads, -1)), k, v, plan, scaling or dim**-0.5)
+    out = out.flatten(0, 1).transpose(0, 1)  # (tokens, heads, dim)
+    if plan.order is not None:
+        out = out.new_zeros(rows * length, heads, dim).index_copy(0, plan.order, out)
+    return out.reshape(rows, length, heads, dim), None
+
+
+def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """(rows, heads, length, dim) to (heads, tokens, dim)."""
+    x = x.transpose(0, 1).flatten(1, 2)
+    return x if order is None else x.index_select(1, order)
+
+
+AttentionInterface.register(NAME, block_sdpa_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
