@@ -297,3 +297,26 @@ def test_a_batch_without_a_masked_position_costs_nothing(tmp_path):
     trainer.train()
     for name, weight in weights(trainer.model).items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_compiled_layers_change_nothing(tmp_path):
+    """Compiled without a code generator, so that the test needs none."""
+    runs = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        arguments = config(tmp_path, max_steps=3, save_steps=100, optim="sgd", **settings)
+        trainer = T3DTrainer(make_model(), arguments, trajectories())
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(weight, runs[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_attention_gives_the_same_losses(tmp_path, attention):
+    losses = []
+    for name in ("auto", attention):
+        arguments = config(tmp_path, max_steps=2, save_steps=100, logging_steps=1, attention=name)
+        trainer = T3DTrainer(make_model(), arguments, trajectories())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
