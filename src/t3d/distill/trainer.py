@@ -197,7 +197,9 @@ class T3DTrainer(Trainer):
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
             mask = batch.layout.attention_mask(implementation)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would keep one of its own, made of the boolean one
+            if (
+                isinstance(mask, Tensor) and mask.dtype == torch.bool
+            ):  # else every layer would keep one of its own, made of the boolean one
                 half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
             result = network(
