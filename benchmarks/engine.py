@@ -1,6 +1,7 @@
 """Tokens per second of the engine beside a plain sampler, in one interleaved run.
 
     python benchmarks/engine.py [--json FILE] [--rounds N] [--threads N] [--batch N ...] [--steps N ...] [--memory]
+    python benchmarks/engine.py --shape 4b --device cuda --dtype bfloat16 --attention flex --batch 1 32 128
 
 The plain sampler does what SDAR's own generate.py does: one sequence, transformers' forward with a DynamicCache, `S`
 denoising forwards per block and one more that stores the finished block. Both must give the same tokens. A ratio is the
@@ -27,28 +28,37 @@ from t3d.engine import Engine
 from t3d.models import SDARConfig, SDARForCausalLM
 
 BLOCK, PROMPT, NEW = 4, 64, 256
+# hidden size, layers, heads, key-value heads, head size, intermediate size, vocabulary
+SHAPES = {
+    "small": (256, 8, 8, 4, 32, 768, 8192),
+    "1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
+    "4b": (2560, 36, 32, 8, 128, 9728, 151936),
+}
 
 
-def make_model(device: str, dtype: torch.dtype) -> SDARForCausalLM:
+def make_model(shape: str, device: str, dtype: torch.dtype) -> SDARForCausalLM:
     torch.manual_seed(0)
+    hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = SHAPES[shape]
     config = SDARConfig(
-        hidden_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        intermediate_size=768,
-        vocab_size=8192,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
         tie_word_embeddings=False,
         max_position_embeddings=1024,
         block_size=BLOCK,
-        mask_token_id=8191,
+        mask_token_id=vocabulary - 1,
+        dtype=dtype,
     )
-    model = SDARForCausalLM(config)
+    with torch.device(device):
+        model = SDARForCausalLM(config).to(dtype)
     for weight in model.parameters():
         if weight.dim() == 2:  # sharp enough that no decision is near a tie
             torch.nn.init.normal_(weight, std=2.0 / weight.shape[1] ** 0.5)
-    return model.to(device, dtype).eval()
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -106,11 +116,11 @@ def bound(model, batch: int, steps: int) -> float:
     return batch * BLOCK / seconds
 
 
-def measure(model, batch: int, steps: int, rounds: int) -> dict:
+def measure(model, batch: int, steps: int, rounds: int, attention: str) -> dict:
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 8000, (batch, PROMPT), generator=generator).tolist()
     config = DecodingConfig(steps=steps, max_tokens=NEW, stop_ids=())
-    engine = Engine(model, max_batch_size=batch)
+    engine = Engine(model, max_batch_size=batch, attention=attention)
     engine.generate(prompts[:1], config)
     plain_rates, engine_rates, bounds, equal = [], [], [], 0
     bound(model, batch, steps)
@@ -176,15 +186,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "flex"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--memory", action="store_true", help="measure memory under a small budget instead of speed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = make_model(options.device, getattr(torch, options.dtype))
-    about = f"torch {torch.__version__}, {options.device}, {options.dtype}, {options.threads} thread(s)"
-    print(f"{about}, {platform.machine()}")
-    found = {"torch": torch.__version__, "threads": options.threads, "device": options.device, "dtype": options.dtype}
+    model = make_model(options.shape, options.device, getattr(torch, options.dtype))
+    on = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{platform.machine()} CPU"
+    names = ("shape", "dtype", "attention", "threads")
+    found = {"torch": torch.__version__, "device": on} | {name: getattr(options, name) for name in names}
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
     found |= {"memory": measure_memory(model)} if options.memory else {"ratios": measure_all(model, options)}
     if options.json:
         with open(options.json, "w") as file:
@@ -198,7 +211,7 @@ def measure_all(model, options) -> list[dict]:
     rows = []
     for batch in options.batch:
         for steps in options.steps:
-            rows.append(measure(model, batch, steps, options.rounds))
+            rows.append(measure(model, batch, steps, options.rounds, options.attention))
             print(line.format(**rows[-1]), flush=True)
     return rows
 

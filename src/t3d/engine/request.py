@@ -112,7 +112,8 @@ class Sequence:
         stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
         lengths = [stops[0] + 1] if stops else []
         for string in self.request.config.stop:
-            if string in tokenizer.decode(new[:most]):
+            near = max(0, first - prompt - 4 * len(string))  # a token has a byte at least, a character four at most
+            if string in tokenizer.decode(new[near:most]) and string in tokenizer.decode(new[:most]):
                 # nothing before this block held it, so it ends inside this block
                 ends = range(first - prompt + 1, min(len(new), most) + 1)
                 lengths += [next((n for n in ends if string in tokenizer.decode(new[:n])), ends[-1])]
