@@ -147,9 +147,9 @@ OWNED = {  # fields of TrainingArguments that are not the recipe's to set, and w
     "do_train": "use `t3d train`",
     "do_eval": "use `t3d eval`",
     "do_predict": "use `t3d eval`",
-    "eval_strategy": "use `t3d eval`",
-    "eval_on_start": "use `t3d eval`",
-    "load_best_model_at_end": "there is no evaluation while training; use `t3d eval`",
+    "eval_strategy": "set train.eval_every",
+    "eval_on_start": "set train.eval_every",
+    "load_best_model_at_end": "set train.eval_every; keep_best is on by default",
     "remove_unused_columns": "a batch is made of trajectories, not of columns",
 }
 _PYDANTIC = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())

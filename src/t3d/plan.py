@@ -192,10 +192,9 @@ def _activations(found: Sizes, recipe: Recipe, arguments, prompt: int, half: boo
         yield Part("train", "activations", layers * one, f"{layers} layers of {how}; gradient_checkpointing saves most")
     length = tokens // rows
     width = 2 if half else 4
-    yield Part(
-        "train", "attention mask", rows * length**2 * (1 + width),
-        f"{rows} x {length:,}^2 x {1 + width} bytes; FlexAttention needs none",
-    )  # fmt: skip
+    if arguments.attention in ("sdpa", "eager"):
+        how = f"{rows} x {length:,}^2 x {1 + width} bytes; flex_attention needs none"
+        yield Part("train", "attention mask", rows * length**2 * (1 + width), how)
     chunk, vocabulary = min(CHUNK, rows * noisy), found.config.vocab_size
     yield Part(
         "train", "logits", 3 * chunk * vocabulary * 4,

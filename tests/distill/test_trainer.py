@@ -1,8 +1,11 @@
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
 from test_layout import random_trajectory
+from transformers import TrainerCallback
 
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.data import StateDataset
@@ -49,10 +52,25 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_does_not_change_the_training(tmp_path, attention):
+    runs = []
+    for settings in ({}, {"recompute": "nothing"}):
+        model = make_model()
+        trainer = T3DTrainer(model, config(tmp_path, max_steps=3, save_steps=100, **settings), trajectories())
+        assert model.config._attn_implementation == "block_sdpa"
+        if settings:
+            model.set_attn_implementation(attention)
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for a, b in zip(*(run.values() for run in runs), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
 def test_every_objective_takes_a_step(tmp_path):
     for name in OBJECTIVES:
         trainer = T3DTrainer(
-            make_model(), config(tmp_path, objective=name, max_steps=2, logging_steps=1, save_steps=100), trajectories()
+            make_model(), config(tmp_path, objective=name, max_steps=1, logging_steps=1, save_steps=100), trajectories()
         )
         before = weights(trainer.model)
         trainer.train()
@@ -191,6 +209,7 @@ def test_filters_count_what_they_drop(tmp_path):
         ({"random_ratio": 2.0}, "random_ratio"),
         ({"ddo_reduction": "max"}, "ddo_reduction"),
         ({"soft_state": "later"}, "soft_state is"),
+        ({"recompute": "all"}, "recompute is one of"),
         ({"pt_noise": [0.8, 0.2]}, "pt_noise"),
         ({"pt_window": 0.0}, "pt_window"),
         ({"tad_near": 0}, "tad_near"),
@@ -202,3 +221,118 @@ def test_filters_count_what_they_drop(tmp_path):
 def test_bad_settings_are_one_line(tmp_path, settings, words):
     with pytest.raises(T3DError, match=words):
         config(tmp_path, **settings)
+
+
+def test_a_nan_loss_names_the_batch(tmp_path):
+    data = trajectories(4)
+    for number, trajectory in enumerate(data):
+        trajectory.prompt_id = f"p{number}"
+    model = make_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(T3DError, match=r"nan at step 1, on 'p\d', 'p\d', 'p\d', 'p\d'; lower train.learning_rate"):
+        T3DTrainer(model, config(tmp_path), data).train()
+
+
+class Store(list):
+    """A list with the metadata of a store."""
+
+    metadata: ClassVar = {}
+
+
+def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
+    from t3d.tasks.word_problems import build_tokenizer
+    from t3d.trajectories.fingerprint import tokenizer_fingerprint
+
+    tokenizer, other = build_tokenizer(), build_tokenizer()
+    other.add_tokens(["<new>"])
+    data = Store(trajectories())
+    data.metadata = {"tokenizer_fingerprint": tokenizer_fingerprint(other)}
+    with pytest.raises(T3DError, match="another tokenizer"):
+        T3DTrainer(make_model(vocab_size=200), config(tmp_path), data, processing_class=tokenizer)
+    data.metadata = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    T3DTrainer(make_model(vocab_size=200), config(tmp_path), data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_offloaded_reference_changes_nothing(tmp_path, tie):
+    """Its layers come one by one; rounds and resuming work on what lies in between."""
+    runs = []
+    for offload in (False, True):
+        settings = {"reference_offload": offload, "round_interval": 2, "reference_ema": 0.5}
+        folder = tmp_path / str(offload)
+        trainer = T3DTrainer(make_model(tie=tie), config(folder, **settings), trajectories())
+        trainer.train()
+        again = T3DTrainer(make_model(tie=tie), config(folder, **settings), trajectories())
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        runs += [weights(trainer.model), weights(again.model)]
+    for other in runs[1:]:
+        for name, weight in runs[0].items():
+            assert torch.equal(weight, other[name]), name
+
+
+def test_every_metric_is_logged_and_reported(tmp_path):
+    trainer = T3DTrainer(make_model(), config(tmp_path, max_steps=4, logging_steps=2, save_steps=100), trajectories())
+    seen = []
+
+    class Report(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer.add_callback(Report())
+    trainer.train()
+    logs = [entry for entry in seen if "loss" in entry]
+    assert len(logs) == 2
+    for name in (
+        "grad_norm", "learning_rate", "loss/ddo", "loss/path", "lp/real", "lp/fake", "lp/reference_real",
+        "lp/reference_fake", "margin/real", "margin/fake", "fake_differs", "tokens_per_second", "memory_gb",
+        *(f"accuracy/rank_{rank}" for rank in range(4)),
+    ):  # fmt: skip
+        assert np.isfinite(logs[-1][name]), name
+    assert all(0 <= logs[-1][f"accuracy/rank_{rank}"] <= 1 for rank in range(4))
+
+
+def test_accuracy_by_rank_is_the_share_of_right_choices(tmp_path):
+    """A model that has learnt its data by heart chooses nearly always right."""
+    settings = {"objective": "path", "max_steps": 120, "learning_rate": 5e-2, "save_steps": 1000, "random_ratio": 0.0}
+    data = trajectories(2)
+    trainer = T3DTrainer(make_model(), config(tmp_path, per_device_train_batch_size=2, **settings), data)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "accuracy/rank_0" in entry]
+    assert np.mean([last[-1][f"accuracy/rank_{rank}"] for rank in range(4)]) > 0.9 > last[0]["accuracy/rank_0"]
+
+
+def test_a_batch_without_a_masked_position_costs_nothing(tmp_path):
+    """Where only tokens behind the stop are masked, the processes must still meet in the backward pass."""
+    data = trajectories(4)
+    trainer = T3DTrainer(make_model(), config(tmp_path, max_steps=1, weight_decay=0.0, max_grad_norm=0), data)
+    before = weights(trainer.model)
+    empty = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    for name in ("select", "target", "rank", "weight", "part", "labelled", "sequence", "block"):
+        empty[name] = empty[name][:0]
+    trainer.data_collator = lambda examples: empty
+    trainer.train()
+    for name, weight in weights(trainer.model).items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_compiled_layers_change_nothing(tmp_path):
+    """Compiled without a code generator, so that the test needs none."""
+    runs = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        arguments = config(tmp_path, max_steps=3, save_steps=100, optim="sgd", **settings)
+        trainer = T3DTrainer(make_model(), arguments, trajectories())
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(weight, runs[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_attention_gives_the_same_losses(tmp_path, attention):
+    losses = []
+    for name in ("auto", attention):
+        arguments = config(tmp_path, max_steps=2, save_steps=100, logging_steps=1, attention=name)
+        trainer = T3DTrainer(make_model(), arguments, trajectories())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

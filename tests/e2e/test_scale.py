@@ -130,6 +130,16 @@ def test_settings_that_make_no_sense(t3d, write_recipe, train, said):
     assert not (t3d.folder / "runs" / "recipe").exists()
 
 
+def test_no_checkpoint_is_the_best_where_nothing_is_verified(t3d, write_recipe):
+    (t3d.folder / "data.jsonl").write_text('{"question": "How many?"}\n')
+    task = {"name": "prompts", "path": "data.jsonl", "eval_path": "data.jsonl", "num_train": None, "num_eval": None}
+    done = t3d("run", write_recipe(t3d.folder, task=task, train={"eval_every": 2}))
+    assert done.code == 2
+    assert "train.eval_every: task 'prompts' cannot verify answers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (t3d.folder / "runs" / "recipe").exists()
+
+
 def test_two_processes_do_a_whole_run(t3d, write_recipe, finished):
     """One writes, both train, and they lose as much as one process."""
     recipe = write_recipe(t3d.folder, train={"per_device_train_batch_size": 2})

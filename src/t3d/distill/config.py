@@ -90,6 +90,11 @@ class T3DConfig(TrainingArguments):
         0,
     )
     drop_truncated: bool = _help("drop trajectories that did not stop by themselves", False)
+    attention: str = _help(
+        "'flex_attention' (its backward pass needs a GPU), 'block_sdpa' (needs a CPU), 'sdpa' or 'eager'; 'auto': the "
+        "first on a GPU, the second on a CPU",
+        "auto",
+    )
     lora_rank: int = _help("train adapters of this rank (LoRA, needs t3d[lora]); 0: all weights", 0)
     lora_alpha: float = _help("the adapters' output is scaled by this / rank; 0: twice the rank", 0.0)
     lora_dropout: float = _help("dropout before the adapters", 0.0)
@@ -185,6 +190,8 @@ class T3DConfig(TrainingArguments):
         check(
             self.lora_rank or not self.lora_4bit, "lora_4bit needs lora_rank: the 4-bit weights themselves are frozen"
         )
+        kinds = ("auto", "flex_attention", "block_sdpa", "sdpa", "eager")
+        check(self.attention in kinds, f"attention is one of {', '.join(kinds)}, got {self.attention!r}")
         check(self.lora_targets, "lora_targets must not be empty")
         check(self.eval_problems >= 1, f"eval_problems must be at least 1, got {self.eval_problems}")
         check(self.eval_split in SPLITS, f"eval_split is one of {', '.join(SPLITS)}, got {self.eval_split!r}")
@@ -197,6 +204,11 @@ class T3DConfig(TrainingArguments):
         self.use_muon = self.optim == "muon"
         if self.use_muon:
             self.optim = "adamw_torch"  # what transformers checks; T3DTrainer.create_optimizer builds Muon
+        given = (self.torch_compile_backend, self.torch_compile_mode)
+        self.compile_layers = bool(self.torch_compile or any(given))
+        self.compile_options = dict(zip(("backend", "mode"), (given[0] or "inductor", given[1]), strict=True))
+        # T3DTrainer compiles the layers; Trainer would compile the whole forward, which is another in every step
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if self.eval_every:
             self.metric_for_best_model, self.greater_is_better = "accuracy", True
         super().__post_init__()

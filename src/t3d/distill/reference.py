@@ -122,9 +122,12 @@ def _offload(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     from accelerate import cpu_offload
 
     names = {name for name, _ in model.named_parameters()}
-    weights = {name: w.detach().to("cpu", copy=True) for name, w in model.state_dict(keep_vars=True).items()}
-    if device.type == "cuda":
-        weights = {name: w.pin_memory() for name, w in weights.items()}
+    copies, weights = {}, {}  # tied weights stay one
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if id(weight) not in copies:
+            copy_ = weight.detach().to("cpu", copy=True)
+            copies[id(weight)] = copy_.pin_memory() if device.type == "cuda" else copy_
+        weights[name] = copies[id(weight)]
     cpu_offload(model, execution_device=device, state_dict=weights)
     return {name: weights[name] for name in names}
 

@@ -2,6 +2,7 @@
 shards (FSDP2, ZeRO 3). The rest of the package asks here and knows nothing of backends."""
 
 import copy
+import os
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from t3d.errors import T3DError
+from t3d.log import log
 
 
 class Sharding:
@@ -23,6 +25,9 @@ class Sharding:
         self.fsdp = accelerator.distributed_type == DistributedType.FSDP
         if self.fsdp and not accelerator.is_fsdp2:
             raise T3DError("FSDP 1 is not supported; set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does")
+        asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "") == "true"]
+        if asked and not (self.fsdp or self.zero) and accelerator.is_main_process:
+            log.warning("train: accelerate does not shard on a CPU; %s was asked for, this is DDP", asked[0])
 
     @property
     def sharded(self) -> bool:

@@ -72,14 +72,14 @@ class T3DTrainer(Trainer):
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
         if args.lora_rank and not hasattr(model, "peft_config"):
             model = add_adapter(model, args)
+        if args.compile_layers:
+            compile_layers(model, args)
         for network in (model, reference):
             if network is not None:
-                head = plain(network).get_output_embeddings()
-                head.__class__ = Head
-        for network in (model, reference):
-            if network is not None and args.device.type == "cpu" and network.config._attn_implementation == "sdpa":
-                network.set_attn_implementation("block_sdpa")
-        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
+                network = plain(network)
+                network.get_output_embeddings().__class__ = Head
+                network.set_attn_implementation(_attention(args))
+        one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
@@ -97,9 +97,10 @@ class T3DTrainer(Trainer):
         whole = not self.sharding.sharded
         if args.recompute == "cheap" and not whole:
             raise T3DError(f"train.recompute=cheap does not go with {self.sharding.name}; use gradient_checkpointing")
-        cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu" and whole)
+        alone = whole and not args.compile_layers  # the compiler decides by itself what to compute again
+        cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu" and alone)
         if cheap and not args.gradient_checkpointing:
-            recompute_cheap(model)
+            recompute_cheap(plain(model))
         if args.use_muon and (self.sharding.sharded or self.sharding.zero):
             raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
         self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up
@@ -126,14 +127,17 @@ class T3DTrainer(Trainer):
 
     def _make_reference(self, given: nn.Module | None) -> Reference:
         args = self.args
+        if given is None and hasattr(self.model, "peft_config"):
+            return AdapterReference(self.model, self.sharding, own_adapter=args.round_interval > 0)
         if args.reference_offload and self.sharding.sharded:
             raise T3DError(
                 "train.reference_offload is for a reference that is whole on every GPU; here it is sharded, and its "
                 "shards can be offloaded by accelerate's own settings"
             )
-        if given is None and hasattr(self.model, "peft_config"):
-            return AdapterReference(self.model, self.sharding, own_adapter=args.round_interval > 0)
-        return Reference(given if given is not None else copy_of(self.model), self.sharding, args.reference_offload)
+        model = given if given is not None else copy_of(self.model)
+        if args.compile_layers:
+            compile_layers(model, args)
+        return Reference(model, self.sharding, args.reference_offload)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:
@@ -204,8 +208,8 @@ class T3DTrainer(Trainer):
 
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
-            mask = batch.layout.attention_mask(implementation)
-            if isinstance(mask, Tensor):  # else every layer would keep one of its own, made of the boolean one
+            mask = batch.attention_mask(implementation)
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
                 half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
             self._forwarded += (1 + 2 * torch.is_grad_enabled()) * int((batch.document != PADDING).sum())
@@ -338,6 +342,19 @@ class Head(nn.Linear):
 
     def forward(self, hidden: Tensor, head: Callable[[Tensor, Tensor], object] | None = None):
         return super().forward(hidden) if head is None else head(hidden, self.weight)
+
+
+def compile_layers(model: nn.Module, args: T3DConfig) -> None:
+    """torch.compile every decoder layer in place; they are alike, so all but the first come from the cache."""
+    for layer in plain(model).model.layers:
+        layer.compile(**args.compile_options)
+
+
+def _attention(args: T3DConfig) -> str:
+    if args.attention != "auto":
+        return args.attention
+    cpu = "sdpa" if args.compile_layers else "block_sdpa"  # which the compiler cannot follow
+    return {"cpu": cpu, "cuda": "flex_attention"}.get(args.device.type, "sdpa")
 
 
 def turns(step: int, share: float) -> bool:
