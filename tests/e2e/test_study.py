@@ -115,11 +115,14 @@ def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_rec
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": {"a": ["train.objectiv=t3d"]}}, "variant 'a': override 'train.objectiv=t3d': unknown key"),
+        (
+            {"against": [], "variants": {"a": ["train.objectiv=t3d"]}},
+            "variant 'a': override 'train.objectiv=t3d': unknown key",
+        ),
         ({"variants": {"a": {"sets": []}}}, "variants.a.sets"),
         ({"variants": {"../a": []}}, "cannot be a variant's name"),
         ({"variants": {"a": {"seeds": ["one"]}}}, "variants.a.seeds.0"),
-        ({"variants": {"a": {"seeds": []}}}, "nothing to run"),
+        ({"against": [], "variants": {"a": {"seeds": []}}}, "nothing to run"),
         ({"variants": None}, "a study needs `variants`"),
         ({"against": ["t3f"]}, "no variant 't3f' (did you mean 't3d'?)"),
         ({"recipes": "x"}, "unknown key 'recipes' (did you mean 'recipe'?)"),

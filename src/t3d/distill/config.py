@@ -154,6 +154,7 @@ class T3DConfig(TrainingArguments):
             f"soft_state is 'committed' or 'same', got {self.soft_state!r}",
         )
         check(self.soft_top_k >= 0, f"soft_top_k must not be negative, got {self.soft_top_k}")
+        check(self.mf_copies >= 0, f"mf_copies must not be negative, got {self.mf_copies}")
         check(self.on_policy_steps, "on_policy_steps must not be empty")
         check(
             0 < self.certainty_mask_ratio < 1,
