@@ -52,10 +52,25 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_does_not_change_the_training(tmp_path, attention):
+    runs = []
+    for settings in ({}, {"recompute": "nothing"}):
+        model = make_model()
+        trainer = T3DTrainer(model, config(tmp_path, max_steps=3, save_steps=100, **settings), trajectories())
+        assert model.config._attn_implementation == "block_sdpa"
+        if settings:
+            model.set_attn_implementation(attention)
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for a, b in zip(*(run.values() for run in runs), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
 def test_every_objective_takes_a_step(tmp_path):
     for name in OBJECTIVES:
         trainer = T3DTrainer(
-            make_model(), config(tmp_path, objective=name, max_steps=2, logging_steps=1, save_steps=100), trajectories()
+            make_model(), config(tmp_path, objective=name, max_steps=1, logging_steps=1, save_steps=100), trajectories()
         )
         before = weights(trainer.model)
         trainer.train()
@@ -194,6 +209,7 @@ def test_filters_count_what_they_drop(tmp_path):
         ({"random_ratio": 2.0}, "random_ratio"),
         ({"ddo_reduction": "max"}, "ddo_reduction"),
         ({"soft_state": "later"}, "soft_state is"),
+        ({"recompute": "all"}, "recompute is one of"),
         ({"pt_noise": [0.8, 0.2]}, "pt_noise"),
         ({"pt_window": 0.0}, "pt_window"),
         ({"tad_near": 0}, "tad_near"),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from t3d.config import keys
 from t3d.models import load_model, stop_ids
 from t3d.trajectories import TrajectoryDataset
 from tests.models.helpers import logits
@@ -43,8 +42,6 @@ def published(source, folder, family):
 def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, rank):
     if rank:
         pytest.importorskip("peft")
-        if "lora_rank" not in keys("train"):
-            pytest.skip("no LoRA training yet")
     published(shared_data / "sdar-4b-chat", t3d.folder / "chat", family)
     assert len(list((t3d.folder / "chat").glob("model-*.safetensors"))) > 1
     teacher, tokenizer = load_model(t3d.folder / "chat", device="cpu")
@@ -86,5 +83,11 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
     done = t3d("export", "runs/recipe/student", "out", "--max-shard-size", "5MB", "--for", "lmdeploy")
     assert done.code == 0, done.stderr
     assert "logits differ by at most 0," in done.stdout
+    if rank:  # the adapter alone, merged by export, is the student too
+        adapter = "runs/recipe/train/adapter"
+        done = t3d("export", adapter, "merged", "--merge-lora", "--dtype", "bfloat16")
+        assert done.code == 0, done.stderr
+        again, _ = load_model(t3d.folder / "merged", device="cpu")
+        torch.testing.assert_close(logits(again), logits(student), atol=0.05, rtol=0.05)
     again, _ = load_model(t3d.folder / "out", device="cpu")
     assert torch.equal(logits(again), logits(student))

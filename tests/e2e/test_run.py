@@ -1,6 +1,7 @@
 """A run from beginning to end, its stages alone, and runs that were stopped."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -173,7 +174,9 @@ def test_two_at_once_in_one_folder(t3d, write_recipe):
     first = t3d.start("rollout", recipe)
     while not (run / "rollout").exists():
         time.sleep(0.005)
+    os.kill(first.pid, signal.SIGSTOP)  # it might be done before the second is there
     second = t3d("rollout", recipe)
+    os.kill(first.pid, signal.SIGCONT)
     assert second.code == 2
     assert "in use by another run" in second.stderr
     assert t3d.finish(first).code == 0

@@ -1,8 +1,10 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import make_model
 
 from t3d import DecodingConfig, Engine, T3DError
@@ -83,6 +85,8 @@ def test_arguments_and_requests(checkpoint):
         f"pretrained={checkpoint},strategy=low_confidence_dynamic,threshold=0.5", {"batch_size": 2, "device": "cpu"}
     )
     assert model.engine.max_batch_size == 2
+    if not torch.cuda.is_available():  # what the harness's command line says where nothing was asked
+        assert T3DHarness(str(checkpoint), device="cuda:0").model.device.type == "cpu"
     assert model.decoding.threshold == 0.5
     greedy = model._config({"until": ["x"], "max_gen_toks": 7, "do_sample": False, "temperature": 0.0})
     assert (greedy.max_tokens, greedy.stop, greedy.temperature) == (7, ("x",), 0)
@@ -96,6 +100,16 @@ def test_arguments_and_requests(checkpoint):
     assert chat.endswith("assistant\n")
     assert model.chat_template(True) == model.tokenizer.chat_template
     assert model.chat_template(False) is None
+
+
+def test_the_command_line(checkpoint, tasks):
+    command = [sys.executable, "-m", "t3d.evaluation.harness", "--model", "t3d", "--tasks", "local_words"]
+    command += ["--include_path", str(tasks), "--model_args", f"pretrained={checkpoint},steps=1"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tasks / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "local_words" in done.stdout
+    assert "exact_match" in done.stdout
 
 
 def test_without_the_library_it_is_one_line():

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +55,13 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval():
     assert high == pytest.approx(0.75 + half, abs=0.01)
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
     assert bootstrap([]) == (0, 1)
+
+
+def test_bootstrap_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.0, 0.25, 0.5, 0.5, 1.0, 1.0, 0.0, 0.75] * 12
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
+    assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
 def test_aup_by_hand():

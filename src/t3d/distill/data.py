@@ -1,7 +1,7 @@
 """From trajectories to training batches: `[clean tokens | noisy copies of the blocks that hold response tokens]`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,10 +45,17 @@ class TrainingBatch:
     block: Tensor
     item: Tensor
     block_size: int
+    _masks: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layout(self) -> Layout:
         return Layout(self.document, self.copy, self.position, self.block_size)
+
+    def attention_mask(self, implementation: str):
+        """`Layout.attention_mask`, made once for all models."""
+        if implementation not in self._masks:
+            self._masks[implementation] = self.layout.attention_mask(implementation)
+        return self._masks[implementation]
 
     def to(self, device) -> "TrainingBatch":
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})

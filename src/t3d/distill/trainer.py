@@ -77,8 +77,8 @@ class T3DTrainer(Trainer):
         for network in (model, reference):
             if network is not None:
                 plain(network).get_output_embeddings().__class__ = Head
-                network.set_attn_implementation(_attention(args))
-        one_row = model.config._attn_implementation in ("block_sdpa", "flex_attention")
+                plain(network).set_attn_implementation(_attention(args))
+        one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
             args=args,
@@ -99,7 +99,7 @@ class T3DTrainer(Trainer):
         alone = whole and not args.compile_layers  # the compiler decides by itself what to compute again
         cheap = args.recompute == "cheap" or (args.recompute == "auto" and args.device.type == "cpu" and alone)
         if cheap and not args.gradient_checkpointing:
-            recompute_cheap(model)
+            recompute_cheap(plain(model))
         if args.use_muon and (self.sharding.sharded or self.sharding.zero):
             raise T3DError("train.optim: muon needs whole matrices on every GPU; use DDP, or adamw_torch")
         self.model_accepts_loss_kwargs = False  # compute_loss sees to it that micro-batches add up
@@ -196,7 +196,7 @@ class T3DTrainer(Trainer):
 
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
-            mask = batch.layout.attention_mask(implementation)
+            mask = batch.attention_mask(implementation)
             if (
                 isinstance(mask, Tensor) and mask.dtype == torch.bool
             ):  # else every layer would keep one of its own, made of the boolean one

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import bootstrap, mcnemar
-from t3d.trajectories.record import Trajectory
+from t3d.trajectories import Trajectory, TrajectoryDataset
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def compare(a: Iterable[Trajectory], b: Iterable[Trajectory]) -> Comparison:
     Raises:
         T3DError: if no problem has a verdict in both.
     """
-    verdicts = [{(t.prompt_id, t.sample): t.correct for t in side if t.correct is not None} for side in (a, b)]
+    verdicts = [_verdicts(side) for side in (a, b)]
     shared = sorted(verdicts[0].keys() & verdicts[1].keys())
     if not shared:
         raise T3DError("nothing to compare: the two evaluations share no verified problem")
@@ -61,3 +61,11 @@ def compare(a: Iterable[Trajectory], b: Iterable[Trajectory]) -> Comparison:
         ci95=bootstrap([sum(d) / len(d) for d in differences.values()]),
         p_value=mcnemar(only_a, only_b),
     )
+
+
+def _verdicts(side: Iterable[Trajectory]) -> dict[tuple[str, int], bool]:
+    if isinstance(side, TrajectoryDataset):  # reads no more of it than this
+        found = zip(side.keys(), side.column("correct"), strict=True)
+    else:
+        found = (((t.prompt_id, t.sample), t.correct) for t in side)
+    return {key: correct for key, correct in found if correct is not None}

@@ -5,7 +5,10 @@
 is `lm_eval` with our model type known to it; in Python, importing this module is enough.
 """
 
+import sys
 from dataclasses import fields, replace
+
+import torch
 
 from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine
@@ -39,6 +42,8 @@ class T3DHarness(LM):
         unknown = next((name for name in decoding if name not in DECODING), None)
         if unknown is not None:
             raise T3DError(f"model_args: unknown argument {unknown!r}{nearest(unknown, DECODING)}")
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's command line says cuda where nothing was asked
         self.model, self.tokenizer = load_model(pretrained, dtype=dtype, device=device)
         if self.tokenizer is None:
             raise T3DError(f"{pretrained} has no tokenizer, which the harness needs")
@@ -100,4 +105,8 @@ class T3DHarness(LM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except T3DError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
+from t3d.disk import write_whole
 from t3d.evaluation.compare import compare, reference_row
 from t3d.evaluation.rows import EvalRow, columns, row_name
-from t3d.evaluation.summary import aup_by_model, write_whole
+from t3d.evaluation.summary import aup_by_model
 from t3d.trajectories import TrajectoryDataset
 
 FORMAT, VERSION = "t3d-results", 1
@@ -17,7 +20,8 @@ FORMAT, VERSION = "t3d-results", 1
 def write_results(folder: Path | str, rows: list[EvalRow], **about) -> dict:
     """Write results.json, results.csv and results.md to `folder`, where `evaluate` put the answers; return the first.
 
-    Every row is compared with the teacher at the most steps (else with the best row), problem by problem.
+    Problem by problem, every row is compared with the teacher at the most steps (else with the best row), and with the
+    rows of other models at the same setting.
     about: what else results.json should say (task, seed, versions, ...).
     """
     folder = Path(folder)
@@ -32,19 +36,22 @@ def write_results(folder: Path | str, rows: list[EvalRow], **about) -> dict:
     }
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_whole(folder / "results.csv", _csv(values))
-    write_whole(folder / "results.md", markdown(values))
+    write_whole(folder / "results.md", markdown(values) + _paired(results["comparisons"]))
     return results
 
 
 def _comparisons(folder: Path, rows: list[dict]) -> list[dict]:
-    base = reference_row(rows)
-    if base is None or not base["results"]:
-        return []
+    verified = [row for row in rows if row["num_verified"] and row["results"]]
+    base = reference_row(verified)
+    pairs = [(row, base) for row in verified if row is not base]
+    for b, a in combinations(verified, 2):
+        alike = row_name(a | {"model": ""}) == row_name(b | {"model": ""})
+        if alike and a["model"] != b["model"] and base is not b:
+            pairs.append((a, b))
     found = []
-    for row in rows:
-        if row is not base and row["num_verified"] and row["results"]:
-            result = compare(TrajectoryDataset(folder / row["results"]), TrajectoryDataset(folder / base["results"]))
-            found.append({"a": row_name(row), "b": row_name(base), "n": result.n, **asdict(result)})
+    for a, b in pairs:
+        result = compare(*(TrajectoryDataset(folder / row["results"]) for row in (a, b)))
+        found.append({"a": row_name(a), "b": row_name(b), "n": result.n, **asdict(result)})
     return found
 
 
@@ -66,11 +73,30 @@ def _csv(rows: list[dict]) -> str:
 
 def markdown(rows: list[dict]) -> str:
     """A table that can be pasted into a README."""
+    shown = columns(rows)
+    head = [(name, side) for name, side, _ in shown]
+    return _table(head, ([text(row) for _, _, text in shown] for row in rows))
 
+
+def _paired(comparisons: list[dict]) -> str:
+    """Another one, of the comparisons; empty if there are none."""
+    if not comparisons:
+        return ""
+    head = [("a", "left"), ("b", "left"), ("n", "right"), ("only a", "right"), ("only b", "right")]
+    head += [("a − b %", "right"), ("95%", "left"), ("p", "right")]
+    lines = (
+        [
+            c["a"], c["b"], str(c["n"]), str(c["only_a"]), str(c["only_b"]), f"{100 * c['difference']:+.1f}",
+            f"{100 * c['ci95'][0]:+.1f} to {100 * c['ci95'][1]:+.1f}", f"{c['p_value']:.2g}",
+        ]
+        for c in comparisons
+    )  # fmt: skip
+    return "\n" + _table(head, lines)
+
+
+def _table(head: list[tuple[str, str]], lines: Iterable[list[str]]) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
-    shown = columns(rows)
-    head = line(name for name, _, _ in shown)
-    rule = line("---:" if side == "right" else "---" for _, side, _ in shown)
-    return head + rule + "".join(line(text(row) for _, _, text in shown) for row in rows)
+    rule = line("---:" if side == "right" else "---" for _, side in head)
+    return line(name for name, _ in head) + rule + "".join(map(line, lines))

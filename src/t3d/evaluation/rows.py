@@ -61,12 +61,13 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
     if "threshold" in knobs:
         knobs["floor"] = config.floor
     totals, seconds, truncated = Speed(), 0.0, 0
-    problems: dict[str, list[tuple[bool | None, str | None]]] = {}  # (verdict, answer) of each sample
+    problems: dict[str, list[tuple[bool | None, int | None]]] = {}  # (verdict, answer) of each sample
     for t in trajectories:
         totals.add(t)
         seconds += t.extra.get(SECONDS, 0.0)
         truncated += t.finish_reason == "length"
-        problems.setdefault(t.prompt_id, []).append((t.correct, t.extra.get(EXTRACTED, t.text)))
+        answer = t.extra.get(EXTRACTED, t.text)  # may be a whole program: its hash tells it from others
+        problems.setdefault(t.prompt_id, []).append((t.correct, None if answer is None else hash(answer)))
     count = max(1, totals.sequences)
     return EvalRow(
         model=model,
@@ -95,7 +96,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
     )
 
 
-def _verdicts(problems: dict[str, list[tuple[bool | None, str | None]]]) -> dict:
+def _verdicts(problems: dict[str, list[tuple[bool | None, int | None]]]) -> dict:
     """Accuracy and its relatives, over the problems that could be verified."""
     judged = [group for group in problems.values() if all(correct is not None for correct, _ in group)]
     if not judged:

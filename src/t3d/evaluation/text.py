@@ -79,7 +79,8 @@ def add_text_quality(rows: list[EvalRow], folder: Path | str, scorer: Scorer | N
     base = reference_row(values) or max(teachers, key=lambda v: v["steps"], default=None)
 
     def answers(results: str) -> list[Trajectory]:
-        return list(TrajectoryDataset(Path(folder) / results))
+        rest = {"prompt_ids": [], "step_map": [], "confidence": [], "extra": {}}  # not needed, and most of the memory
+        return [replace(t, **rest) for t in TrajectoryDataset(Path(folder) / results)]
 
     full = answers(base["results"]) if base is not None and base["model"] == "teacher" else None
     return [replace(row, extra=row.extra | text_quality(answers(row.results), full, scorer)) for row in rows]

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from t3d.config import Recipe
+from t3d.disk import write_whole
 from t3d.errors import T3DError
-from t3d.evaluation.summary import write_whole
 from t3d.log import log, to_file
 from t3d.pipeline.settings import GROWING, settings
 from t3d.pipeline.versions import versions

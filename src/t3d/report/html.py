@@ -5,10 +5,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from t3d.disk import write_whole
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import mcnemar
 from t3d.evaluation.rows import EXTRACTED, columns, percent
-from t3d.evaluation.summary import aup_by_curve, write_whole
+from t3d.evaluation.summary import aup_by_curve
 from t3d.report.charts import Point, Series, accuracy_chart, line_chart
 from t3d.report.config import ReportConfig
 from t3d.report.figures import save_accuracy_plot
