@@ -102,7 +102,7 @@ def test_samples_seeds_and_checkpoints(t3d, write_recipe, tiny, finished):
         ("eval.checkpoints=[nowhere]", "no such checkpoint folder: nowhere"),
         ("eval.checkpoints=[papers]", "papers is not a checkpoint folder: it has no config.json"),
         ("eval.checkpoints=[broken]", "cannot load the weights of broken"),
-        ("eval.scorer=nowhere", "cannot load the scorer nowhere"),
+        ("eval.scorer=./nowhere", "cannot load the scorer ./nowhere"),
         ("eval.max_tokens=16", "eval.max_tokens"),
         ("task.template='Now: {question}'", "task.template"),
         ("task.name=prompts", "task.name"),

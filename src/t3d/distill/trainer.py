@@ -76,8 +76,9 @@ class T3DTrainer(Trainer):
             compile_layers(model, args)
         for network in (model, reference):
             if network is not None:
-                plain(network).get_output_embeddings().__class__ = Head
-                plain(network).set_attn_implementation(_attention(args))
+                network = plain(network)
+                network.get_output_embeddings().__class__ = Head
+                network.set_attn_implementation(_attention(args))
         one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
@@ -197,9 +198,7 @@ class T3DTrainer(Trainer):
         def forward(network: nn.Module, head, batch=batch):
             module = plain(self.sharding.unwrap(network)).get_output_embeddings()
             mask = batch.attention_mask(implementation)
-            if (
-                isinstance(mask, Tensor) and mask.dtype == torch.bool
-            ):  # else every layer would keep one of its own, made of the boolean one
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
                 half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
             result = network(
