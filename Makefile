@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS)
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS) $(T3D)
 	$(BIN)/t3d train recipes/demo.yaml $(ARGS) $(T3D)
-	$(BIN)/t3d run recipes/demo.yaml $(ARGS) 'eval.checkpoints=[runs/demo-seed$${seed}-t3d/student]'
+	$(BIN)/t3d run recipes/demo.yaml $(ARGS) 'eval.checkpoints=["runs/demo-seed$${seed}-t3d/student"]'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
