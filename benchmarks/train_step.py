@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -224,18 +223,18 @@ class Case:
         return {name: value.item() for name, value in losses.items()}
 
 
-def resident() -> float:
-    """MiB resident now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def resident(which: str) -> float:
+    """MiB: "VmRSS" resident now, "VmHWM" the most so far (ru_maxrss would count the parent's, too)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(which)) / 1024
 
 
 def measure_memory(side: str, recompute: str) -> float:
     """MiB that one step needs at its peak, beyond what was there before it."""
     case = Case(side, recompute)
-    before = resident()
+    before = resident("VmRSS")
     case.step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return resident("VmHWM") - before
 
 
 def memory_of(side: str, threads: int, recompute: str = "cheap") -> float:

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t3d.config import OWNED, SECTIONS, describe, keys, load_recipe
+from t3d.distill.objectives import OBJECTIVES
 from t3d.errors import T3DError
+from t3d.study import load_study
 
 
 @pytest.fixture
@@ -164,7 +166,13 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
         assert taken == value or list(taken) == value
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+STUDY = Path(__file__).parents[1] / "recipes" / "study.yaml"
+RECIPES = sorted(set(STUDY.parent.glob("*.yaml")) - {STUDY})
+
+
+def test_every_variant_of_our_study_is_a_recipe():
+    jobs = load_study(STUDY).jobs
+    assert {job.recipe.objective for job in jobs} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
