@@ -316,7 +316,10 @@ def convert_command(
 @app.command("export")
 def export_command(
     checkpoint: Annotated[
-        str, typer.Argument(help="checkpoint folder, hub id, or LoRA adapter", metavar="CHECKPOINT", show_default=False)
+        str,
+        typer.Argument(
+            help="checkpoint folder, hub id, 'embedded' or LoRA adapter", metavar="CHECKPOINT", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
@@ -327,11 +330,12 @@ def export_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
 ) -> None:
     """Write a checkpoint anew: merged, cast, in other shards; then load it and compare logits."""
+    from t3d.embedded import checkpoint as named
     from t3d.log import to_terminal
     from t3d.models.export import export
 
     to_terminal()
-    done = export(checkpoint, out, dtype, max_shard_size, merge_lora, base, engine, device)
+    done = export(str(named(checkpoint)), out, dtype, max_shard_size, merge_lora, base, engine, device)
     print(
         f"{out}: {done.parameters:,} parameters, {done.dtype}; loaded again, logits differ by at most "
         f"{done.max_difference:g}, {done.same_choice:.1%} of the likeliest tokens are the same"
