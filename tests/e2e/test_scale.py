@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -143,10 +142,7 @@ def test_no_checkpoint_is_the_best_where_nothing_is_verified(t3d, write_recipe):
 def test_two_processes_do_a_whole_run(t3d, write_recipe, finished):
     """One writes, both train, and they lose as much as one process."""
     recipe = write_recipe(t3d.folder, train={"per_device_train_batch_size": 2})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += ["-m", "t3d", "run", recipe]
     done = subprocess.run(
         launch, cwd=t3d.folder, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
