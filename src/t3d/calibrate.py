@@ -47,7 +47,7 @@ def calibrate_setting(
             raise T3DError(f"task {inputs.eval_task.name!r} verifies nothing here; use --tpf")
         return sum(verified) / len(verified)
 
-    engine = Engine(model, tokenizer, max_batch_size=recipe.engine.max_batch_size)
+    engine = Engine(model, tokenizer, **recipe.engine.local)
     chosen, trials = calibrate(
         engine,
         prompts,

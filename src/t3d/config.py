@@ -72,6 +72,11 @@ class EngineConfig:
         if self.workers < 0:
             raise T3DError(f"workers must not be negative, got {self.workers}")
 
+    @property
+    def local(self) -> dict:
+        """Arguments of an `Engine` in this process."""
+        return {name: value for name, value in vars(self).items() if name not in ("workers", "address")}
+
 
 @dataclass(frozen=True)
 class RolloutConfig(DecodingConfig):

@@ -20,7 +20,7 @@ from t3d.engine.kv_cache import cache_shape
 from t3d.errors import T3DError, nearest
 from t3d.models import FAMILIES
 from t3d.models.files import local_folder
-from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.inputs import Inputs, new_config
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PROMPTS_READ = 512  # training prompts whose lengths are looked at
@@ -49,9 +49,9 @@ class Sizes:
     config: PretrainedConfig
 
 
-def sizes(recipe: Recipe, arguments) -> Sizes:
+def sizes(inputs: Inputs, arguments) -> Sizes:
     """Counted on the model of the recipe, built without memory."""
-    model = meta_model(recipe)
+    model = meta_model(inputs)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     embedding = model.get_input_embeddings().weight.numel()
@@ -63,24 +63,26 @@ def sizes(recipe: Recipe, arguments) -> Sizes:
     return Sizes(total, trainable, matrices, max(layers), embedding, model.config)
 
 
-def meta_model(recipe: Recipe) -> nn.Module:
+def meta_model(inputs: Inputs) -> nn.Module:
     """The model of the recipe, without its weights."""
-    given = recipe.model.architecture
-    if given is None:
-        folder = local_folder(checkpoint(recipe.model.path))
+    wanted = inputs.recipe.model
+    if wanted.architecture is not None:
+        where, config = "model.architecture", new_config(wanted.architecture, inputs.tokenizer)
+        family = FAMILIES[config.model_type]
+    else:
+        folder = local_folder(checkpoint(wanted.path))
         settings, _ = PretrainedConfig.get_config_dict(str(folder))
-        kind = settings.get("model_type")
-    else:
-        kind = given.get("model_type", "sdar")
-    if kind not in FAMILIES:
-        raise T3DError(f"model type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
-    family = FAMILIES[kind]
-    if given is None:
-        config = family.config_class.from_pretrained(str(folder))
-    else:
-        config = family.config_class(**{name: value for name, value in given.items() if name != "model_type"})
-    with torch.device("meta"):
-        return family(config)
+        family = FAMILIES.get(settings.get("model_type"))
+        if family is None:
+            kind = settings.get("model_type")
+            raise T3DError(f"model type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+        where, config = f"{folder}/config.json", None
+    try:
+        config = config or family.config_class.from_pretrained(str(folder))
+        with torch.device("meta"):
+            return family(config)
+    except Exception as error:  # transformers checks the values in many ways, some only when layers are made of them
+        raise T3DError(f"{where}: no model can be made of it: {' '.join(str(error).split())}") from error
 
 
 def activation_bytes(config, tokens: int, autocast: bool) -> float:
@@ -107,7 +109,7 @@ def plan(recipe: Recipe, gpus: int = 1, strategy: str = "ddp") -> list[Part]:
     here = replace(recipe, model=replace(recipe.model, device="cpu"))  # a plan is made where there is no GPU, too
     arguments = here.training_arguments(recipe.run_dir)
     inputs = Inputs(recipe)
-    found = sizes(recipe, arguments)
+    found = sizes(inputs, arguments)
     half = arguments.bf16 or arguments.fp16
     prompt, dtype = longest_prompt(inputs), recipe.model.dtype or inputs.saved_dtype
     return [
@@ -232,19 +234,8 @@ def _decoding(found: Sizes, recipe: Recipe, prompt: int, dtype: str):
 
 def longest_prompt(inputs: Inputs) -> int:
     """Tokens of the longest of the first training prompts."""
-    from t3d.models import load_tokenizer
-
-    recipe = inputs.recipe
-    if recipe.model.architecture is not None and recipe.model.path is None:
-        from t3d.tasks.word_problems import build_tokenizer
-
-        tokenizer = build_tokenizer()
-    else:
-        tokenizer = load_tokenizer(checkpoint(recipe.model.path))
-    if tokenizer is None:
-        raise T3DError(f"{recipe.model.path} has no tokenizer; put the model's tokenizer files into the folder")
-    problems = inputs.task.problems("train", recipe.task.num_train)[:PROMPTS_READ]
-    return max(len(inputs.task.prompt(problem, tokenizer)) for problem in problems)
+    problems = inputs.task.problems("train", inputs.recipe.task.num_train)[:PROMPTS_READ]
+    return max(len(inputs.task.prompt(problem, inputs.tokenizer)) for problem in problems)
 
 
 def _intermediate(config) -> int:

@@ -1,5 +1,8 @@
 """The plan's numbers are those of real tensors."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import make_model
@@ -9,6 +12,7 @@ from t3d.config import Recipe, load_recipe
 from t3d.distill import T3DTrainer
 from t3d.errors import T3DError
 from t3d.models import save_model
+from t3d.pipeline.inputs import Inputs
 from t3d.plan import activation_bytes, plan, sizes, table
 
 
@@ -78,6 +82,22 @@ def test_a_layer_keeps_as_many_bytes_as_the_formula_says(autocast, shape):
     assert kept <= tokens * config.hidden_size * 4 * 1.01  # only its input
 
 
+def test_a_new_model_has_the_vocabulary_of_its_tokenizer(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {architecture: {hidden_size: 16, num_hidden_layers: 1}}\ntask: {num_train: 1}\n")
+    made = Inputs(load_recipe(path))
+    assert sizes(made, made.recipe.training_arguments(tmp_path)).embedding == len(made.tokenizer) * 16
+
+
+def test_a_configuration_that_is_none_is_one_line(tiny, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"layer_types": ["full_attention"]}))
+    with pytest.raises(T3DError, match=r"broken/config\.json: no model can be made of it"):
+        plan(recipe(folder, tmp_path))
+
+
 def test_weights_gradients_and_optimizer_are_those_of_a_training_step(tiny, tmp_path):
     from test_trainer import trajectories
 
@@ -88,7 +108,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_training_step(tiny, tmp_
         parts = found(plan(made))
         arguments = made.training_arguments(tmp_path / "train")
         model, _ = load_model(tiny, dtype="float32", device="cpu")
-        assert sizes(made, arguments).parameters == sum(p.numel() for p in model.parameters())
+        assert sizes(Inputs(made), arguments).parameters == sum(p.numel() for p in model.parameters())
         trainer = T3DTrainer(model, arguments, trajectories())
         trainer.train()
         trained = [p for p in trainer.model.parameters() if p.requires_grad]

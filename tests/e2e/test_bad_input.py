@@ -33,6 +33,7 @@ def refused(done, *said: str) -> None:
         ("task: {name: word_problems}", "num_train"),
         ("train: {objective: t3dd}", "(did you mean 't3d'?)"),
         ("train: {optim: sgdd}", "train: "),
+        ("train: {report_to: [nowhere]}", "train.report_to: nowhere is not installed, or unknown"),
         ("eval: {strategy: [low_confidence]}", "unknown strategy"),
         ("rollout: {steps: 0}", "rollout: steps must be at least 1"),
     ],
@@ -43,6 +44,10 @@ def test_recipe(t3d, tiny, text, said):
     overrides = [] if text is None or "task" in text else ["task.num_train=2", "task.num_eval=2"]
     refused(t3d("run", "recipe.yaml", f"model.path={tiny}", *overrides), said)
     assert not (t3d.folder / "runs").exists() or not any((t3d.folder / "runs").iterdir())
+
+
+def test_what_to_train_is_checked_before_what_is_there_to_train_on(t3d, write_recipe):
+    refused(t3d("train", write_recipe(t3d.folder), "train.objective=t3dd"), "(did you mean 't3d'?)")
 
 
 DATA = {

@@ -13,6 +13,7 @@ import rich
 from conftest import make_model
 from trajectory_examples import make_trajectory
 
+import t3d.answers
 from t3d import DecodingConfig, Engine, T3DError
 from t3d.decoding.strategies import STRATEGIES
 from t3d.evaluation import EvalConfig, evaluate, read_summary, runner, summarise, table, write_summary
@@ -106,7 +107,7 @@ def test_several_samples_extend_what_is_there(parts, tmp_path):
 def test_killed_and_continued_gives_the_same(parts, tmp_path):
     """The process dies when the verifier sees its sixth answer."""
     script = (
-        "import os, sys; sys.path[:0] = sys.argv[2].split(',')\n"
+        "import functools, os, sys; sys.path[:0] = sys.argv[2].split(',')\n"
         "from conftest import make_model\n"
         "from t3d import DecodingConfig, Engine\n"
         "from t3d.evaluation import evaluate\n"
@@ -115,7 +116,8 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
         "import t3d.evaluation.runner as runner\n"
         "class Writer(runner.TrajectoryWriter):\n"
         "    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs, shard_size=2)\n"
-        "runner.TrajectoryWriter, runner.JUDGED_TOGETHER = Writer, 1\n"
+        "runner.TrajectoryWriter = Writer\n"
+        "runner.answers = functools.partial(runner.answers, together=1)\n"
         "tokenizer, task = build_tokenizer(), get_task(TaskConfig(name='word_problems'))\n"
         "model = make_model(vocab_size=len(tokenizer) + 1, eos_token_id=tokenizer.eos_token_id)\n"
         "judge, seen = task.judge_all, []\n"
@@ -157,6 +159,7 @@ def test_answers_reach_the_disk_however_few_there_are(parts, tmp_path, monkeypat
 
     monkeypatch.setattr(task, "judge_all", watching)
     monkeypatch.setattr(runner, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(t3d.answers, "GROUP_SECONDS", 0.0)
     engine = Engine(model, tokenizer, max_batch_size=1)
     evaluate(model, tokenizer, task, problems, STATIC[:1], output=tmp_path, engine=engine)
     assert saved == list(range(12))

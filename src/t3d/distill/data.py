@@ -242,9 +242,8 @@ def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> Traini
         wanted = batch.copy == CLEAN
         if number >= 0:
             wanted = ~wanted & torch.isin(noisy_block, noisy_block[batch.select[here]]).view(rows, length)
-        columns = torch.argsort(~wanted, dim=1, stable=True)[
-            :, : int(wanted.sum(1).max())
-        ]  # those wanted, then filling
+        most = int(wanted.sum(1).max())
+        columns = torch.argsort(~wanted, dim=1, stable=True)[:, :most]  # those wanted, then filling
         filling = ~wanted.gather(1, columns)
         grid["input_ids"].append(ids.gather(1, columns))
         grid["document"].append(batch.document.gather(1, columns).masked_fill(filling, PADDING))

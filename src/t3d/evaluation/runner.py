@@ -3,8 +3,7 @@
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -14,10 +13,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from t3d.answers import Job, answers
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.decoding.strategies import STRATEGIES
-from t3d.engine import Engine, FinishedEvent
+from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.evaluation.config import KNOBS
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
@@ -26,9 +26,7 @@ from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
 from t3d.trajectories.pieces import PIECES, Pieces
 
-JUDGED_TOGETHER = 64  # responses
-SAVE_SECONDS = 10.0  # a finished response waits no longer for its verdict and the disk; a kill loses that, and what is
-# in flight
+SAVE_SECONDS = 10.0  # a finished response waits about as long for the disk; a kill loses that, and what is in flight
 
 
 def evaluate(
@@ -107,57 +105,22 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
-        done = writer.done()
-        todo = [(p, sample) for p in problems for sample in range(config.n) if (p.id, sample) not in done]
-        title = f"{metadata['model']}, {folder.name}"
-        line = bar.add_task(title, total=len(problems) * config.n, completed=len(problems) * config.n - len(todo))
-        events = engine.stream(
-            [prompts[p.id] for p, _ in todo],
-            replace(config, n=1),
-            seeds=[derive_seed(config.seed, _number(p.id), sample) for p, sample in todo],
-        )
+        done, total = writer.done(), len(problems) * config.n
+        jobs = [
+            Job(p, prompts[p.id], sample, derive_seed(config.seed, _number(p.id), sample))
+            for p in problems
+            for sample in range(config.n)
+        ]
+        todo = [job for job in jobs if job.key not in done]
+        line = bar.add_task(f"{metadata['model']}, {folder.name}", total=total, completed=total - len(todo))
         pieces = Pieces(engine.tokenizer)
-        for batch in _timed(events):
-            asked = [todo[event.index] for event, _ in batch]
-            verdicts = task.judge_all([event.trajectory.text for event, _ in batch], [p for p, _ in asked])
-            for (event, seconds), (problem, sample), verdict in zip(batch, asked, verdicts, strict=True):
-                t = event.trajectory
-                extra = {SECONDS: seconds, EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t)}
-                writer.write(
-                    replace(
-                        t,
-                        prompt_id=problem.id,
-                        sample=sample,
-                        question=problem.question,
-                        answer=problem.answer,
-                        correct=verdict.correct,
-                        extra=extra,
-                    )
-                )
-            if len(batch) < JUDGED_TOGETHER:  # it was time
-                writer.flush()
-            bar.advance(line, len(batch))
-
-
-def _timed(events: Iterable) -> Iterator[list[tuple[FinishedEvent, float]]]:
-    """Finished responses, each with the seconds of decoding since the one before: `JUDGED_TOGETHER` at a time, or those
-    (perhaps none) of the last `SAVE_SECONDS`.
-
-    Kept with the responses, time is right whatever a kill takes away: it takes the time of what it takes.
-    """
-    batch, start = [], time.perf_counter()
-    handed = start
-    for event in events:
-        now = time.perf_counter()
-        if isinstance(event, FinishedEvent):
-            batch.append((event, now - start))
-            start = now
-        if len(batch) == JUDGED_TOGETHER or now - handed >= SAVE_SECONDS:
-            yield batch
-            batch, handed = [], time.perf_counter()
-            start += handed - now  # judging is not decoding
-    if batch:
-        yield batch
+        for group in answers(engine, todo, config, task):
+            for answer in group:
+                t, verdict = answer.trajectory, answer.verdict
+                extra = {EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t)}
+                writer.write(replace(t, extra=extra | {SECONDS: answer.seconds}))
+            writer.flush_if_due()
+            bar.advance(line, len(group))
 
 
 def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: Path) -> Iterator[Trajectory]:

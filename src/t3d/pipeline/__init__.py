@@ -32,6 +32,8 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
     wanted = tuple(stage for stage in stages if stage in wanted)
     if not wanted:
         raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")
+    if "train" in wanted:
+        recipe.training_arguments(recipe.run_dir)  # what is wrong with it is said before anything else
     if count() > 1:
         recipe.training_arguments(recipe.run_dir).device  # noqa: B018  starts the process group
     processes = Processes()

@@ -30,12 +30,27 @@ class Inputs:
         wanted = self.recipe.model
         dtype, device = dtype or wanted.dtype, device or wanted.device
         if wanted.architecture is not None:
-            return new_model(wanted.architecture, wanted.path, self.recipe.seed, dtype, device)
+            config = new_config(wanted.architecture, self.tokenizer)
+            return new_model(config, self.recipe.seed, dtype, device), self.tokenizer
         path = checkpoint(wanted.path)
         model, tokenizer = load_model(path, dtype=dtype, device=device, quantisation=quantisation)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
         return model, tokenizer
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer alone; that of the embedded task for an architecture without a `path`."""
+        wanted = self.recipe.model
+        if wanted.architecture is not None and wanted.path is None:
+            from t3d.tasks.word_problems import build_tokenizer
+
+            return build_tokenizer()
+        path = checkpoint(wanted.path)
+        tokenizer = load_tokenizer(path)
+        if tokenizer is None:
+            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        return tokenizer
 
     @cached_property
     def saved_dtype(self) -> str:
@@ -72,11 +87,9 @@ class Inputs:
 
 def check_prompts(recipe: Recipe, model, tokenizer, prompts: list, names: list[str], settings: list) -> None:
     """Raises T3DError if the engine that the recipe asks for cannot decode these prompts at these settings."""
-    options = dict(vars(recipe.engine))
-    if options.pop("workers"):
+    if recipe.engine.workers:
         find_ray()
-    options.pop("address")
-    engine = Engine(model, tokenizer, **options)
+    engine = Engine(model, tokenizer, **recipe.engine.local)
     for config in settings:
         engine.stream(prompts, config, names=names)  # checks now; decodes when iterated
 
@@ -89,20 +102,12 @@ def _some(problems: list[Problem], what: str) -> list[Problem]:
     return problems
 
 
-def new_model(architecture: dict, tokenizer_path: str | None, seed: int, dtype: str | None, device: str | None):
-    """A model with random weights drawn from `seed`, and its tokenizer; `(model, tokenizer)`.
+def new_config(architecture: dict, tokenizer) -> PretrainedConfig:
+    """The configuration of a model that starts from random weights.
 
     The architecture may name its family as `model_type`. What it leaves out about tokens (vocabulary size, mask, stop
     and padding ids) the tokenizer gives.
     """
-    if tokenizer_path is None:
-        from t3d.tasks.word_problems import build_tokenizer
-
-        tokenizer = build_tokenizer()
-    else:
-        tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer is None:
-        raise T3DError(f"model.path: {tokenizer_path} has no tokenizer")
     ids = {
         "vocab_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
@@ -110,19 +115,28 @@ def new_model(architecture: dict, tokenizer_path: str | None, seed: int, dtype: 
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if architecture.get("model_type", "sdar") not in FAMILIES:
+    values = ids | architecture
+    kind = values.pop("model_type", "sdar")
+    if kind not in FAMILIES:
         raise T3DError(f"model.architecture: model_type is one of {', '.join(FAMILIES)}")
     try:
-        family = FAMILIES[architecture.get("model_type", "sdar")]
-        config = family.config_class(**ids | {k: v for k, v in architecture.items() if k != "model_type"})
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = family(config)
+        config = FAMILIES[kind].config_class(**values)
     except Exception as error:  # transformers checks the values in many ways
         raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
     if config.mask_token_id is None:
         raise T3DError("model.architecture: mask_token_id is missing, and the tokenizer has no mask token")
+    return config
+
+
+def new_model(config: PretrainedConfig, seed: int, dtype: str | None, device: str | None):
+    """A model with random weights drawn from `seed`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = FAMILIES[config.model_type](config)
+    except Exception as error:  # some values fail only when layers are made of them
+        raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
     stops = [token for token in (config.eos_token_id, config.pad_token_id) if token is not None]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=config.pad_token_id)
-    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else torch.float32).eval(), tokenizer
+    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else torch.float32).eval()

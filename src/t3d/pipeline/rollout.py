@@ -1,37 +1,21 @@
 """Stage 1: the teacher answers the training prompts; tokens and step maps go to the store."""
 
 import hashlib
-import time
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from t3d.answers import JUDGED_TOGETHER, Job, answers
 from t3d.config import Recipe
-from t3d.engine import FinishedEvent, make_engine
+from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
-from t3d.tasks import Problem
-from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
-
-JUDGED_TOGETHER = 64  # answers verified at a time, at most
-GROUP_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One response to write."""
-
-    problem: Problem
-    prompt_ids: list[int]
-    sample: int
-    seed: int
 
 
 def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
@@ -69,7 +53,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
         adopt(run, recipe, inputs)
         return
     folder = run / (f"rollout-{number}" if number else "rollout")
-    work, decoding = rollout_jobs(recipe, inputs, number), replace(recipe.rollout.decoding(recipe.seed), n=1)
+    work = rollout_jobs(recipe, inputs, number)
     prompts = hashlib.sha256(repr([(job.problem.id, job.prompt_ids) for job in work]).encode()).hexdigest()
     model, tokenizer = inputs.teacher
     metadata = {
@@ -85,53 +69,16 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
         TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,
     ):
         done = writer.done()
-        todo = [job for job in work if (job.problem.id, job.sample) not in done]
+        todo = [job for job in work if job.key not in done]
+        together = min(JUDGED_TOGETHER, recipe.rollout.save_every)
         with tqdm(total=len(work), initial=len(done), desc="rollout", unit="seq", disable=None) as bar:
-            for answers in decode(engine, todo, decoding, inputs.task, min(JUDGED_TOGETHER, recipe.rollout.save_every)):
-                for trajectory in answers:
-                    writer.write(trajectory)
-                bar.update(len(answers))
+            for group in answers(engine, todo, recipe.rollout.decoding(recipe.seed), inputs.task, together):
+                for answer in group:
+                    writer.write(answer.trajectory)
+                writer.flush_if_due()
+                bar.update(len(group))
                 bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
     _say(TrajectoryDataset(folder))
-
-
-def decode(engine, jobs: list[Job], decoding, task, together: int) -> Iterator[list[Trajectory]]:
-    """The answers in groups as they end, named and verified. What had ended before an error or Ctrl-C still comes.
-
-    A group comes every few seconds, perhaps an empty one, or when `together` answers have ended.
-    """
-    ended: list[FinishedEvent] = []
-    last = time.monotonic()
-
-    def answers() -> list[Trajectory]:
-        asked, found = [jobs[event.index] for event in ended], [event.trajectory for event in ended]
-        ended.clear()
-        verdicts = task.judge_all([t.text for t in found], [job.problem for job in asked])
-        return [
-            replace(
-                trajectory,
-                prompt_id=job.problem.id,
-                sample=job.sample,
-                question=job.problem.question,
-                answer=job.problem.answer,
-                correct=verdict.correct,
-            )
-            for trajectory, job, verdict in zip(found, asked, verdicts, strict=True)
-        ]
-
-    prompts, seeds = [job.prompt_ids for job in jobs], [job.seed for job in jobs]
-    events = engine.stream(prompts, decoding, seeds=seeds, names=[job.problem.id for job in jobs])
-    try:
-        for event in events:
-            if isinstance(event, FinishedEvent):
-                ended.append(event)
-            if len(ended) == together or time.monotonic() - last > GROUP_SECONDS:
-                yield answers()
-                last = time.monotonic()
-    except (Exception, KeyboardInterrupt):
-        yield answers()
-        raise
-    yield answers()
 
 
 def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:

@@ -8,6 +8,7 @@ from random import Random
 import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from t3d.config import Recipe
 from t3d.distill import T3DTrainer
@@ -131,13 +132,15 @@ def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
     """The problems that `train.eval_every` evaluates on."""
     task = get_task(recipe.task, evaluation=arguments.eval_split != "train")
     problems = task.problems(arguments.eval_split, arguments.eval_problems)
-    engine = {name: value for name, value in vars(recipe.engine).items() if name not in ("workers", "address")}
-    return HeldOut(task, problems, tokenizer, arguments.eval_block_steps, recipe.eval.max_tokens, engine)
+    steps, most = arguments.eval_block_steps, recipe.eval.max_tokens
+    return HeldOut(task, problems, tokenizer, steps, most, recipe.engine.local)
 
 
 def check_training(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings or data that cannot be trained with."""
     arguments = recipe.training_arguments(recipe.run_dir)
+    for name in sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
+        raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
     if recipe.objective == "sft":
         inputs.task.solution(inputs.train_problems[0], Random(0))
     if arguments.rollout_rounds > 1:

@@ -79,6 +79,10 @@ class TrajectoryWriter:
             return
         self._keys.add(key)
         self._rows.append(trajectory)
+        self.flush_if_due()
+
+    def flush_if_due(self):
+        """`flush` if the rows are many or have waited long; to be called where nothing new has come, too."""
         if len(self._rows) >= self.shard_size or time.monotonic() - self._last_flush >= self.flush_seconds:
             self.flush()
 

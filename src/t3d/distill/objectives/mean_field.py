@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from t3d.blocks import PADDING
 from t3d.distill.config import T3DConfig
-from t3d.distill.data import TrainingBatch
+from t3d.distill.data import TrainingBatch, restate
 from t3d.distill.logprobs import CHUNK, choose_tokens, mask_free_logits
 from t3d.distill.objectives.base import Forward, Objective
 
@@ -70,48 +69,13 @@ def place_in_block(block: Tensor, shuffle: bool = False) -> Tensor:
 
 
 def masked_one_by_one(batch: TrainingBatch, fill: Tensor, turn: Tensor, copies: int, mask_id: int) -> TrainingBatch:
-    """The batch with its masks filled, in `copies` versions of every noisy block; version c masks what has turn c.
+    """The batch with its masks filled, in `copies` versions of its noisy blocks; version c masks what has turn c.
 
-    fill, turn: `(m,)`. The result's `select` holds the positions with `turn < copies`, in the batch's order. The first
-    version takes the noisy tokens' own place in the row, the others stand behind it.
+    fill, turn: `(m,)`. The result's supervised positions are those with `turn < copies`, in the batch's order.
     """
-    rows, length = batch.input_ids.shape
-    noisy = batch.copy > 0
-    width = int(noisy.sum(1).max())
-    columns = torch.argsort(~noisy, dim=1, stable=True)[:, :width]  # (rows, width): a row's noisy columns
-    filled = batch.input_ids.flatten().index_copy(0, batch.select, fill).view(rows, length)
-    versions = copies - 1
-
-    def append(grid: Tensor) -> Tensor:
-        return torch.cat([grid, grid.gather(1, columns).repeat(1, versions)], 1)
-
-    document = torch.where(noisy.gather(1, columns), batch.document.gather(1, columns), PADDING)
-    number = batch.copy.gather(1, columns).repeat(1, versions)  # copies of a copy have numbers of their own
-    number += (torch.arange(versions, device=fill.device).repeat_interleave(width) + 1) * int(batch.copy.max())
-
-    asked = turn < copies
-    row, column, place = batch.select[asked] // length, batch.select[asked] % length, turn[asked]
-    slot = (noisy.cumsum(1) - 1)[row, column]
-    total = length + versions * width
-    select = row * total + torch.where(place == 0, column, length + (place - 1) * width + slot)
-    input_ids = append(filled).flatten().index_fill(0, select, mask_id).view(rows, total)
-    return TrainingBatch(
-        input_ids=input_ids,
-        document=torch.cat([batch.document, document.repeat(1, versions)], 1),
-        copy=torch.cat([batch.copy, number], 1),
-        position=append(batch.position),
-        select=select,
-        target=batch.target[asked],
-        step=batch.step[asked],
-        rank=batch.rank[asked],
-        weight=batch.weight[asked],
-        part=batch.part[asked],
-        sequence=batch.sequence[asked],
-        block=batch.block[asked],
-        labelled=batch.labelled[asked],
-        item=batch.item,
-        block_size=batch.block_size,
-    )
+    filled = batch.input_ids.flatten().index_copy(0, batch.select, fill)
+    versions = [filled.index_fill(0, batch.select[turn == c], mask_id).view_as(batch.input_ids) for c in range(copies)]
+    return restate(batch, versions, torch.where(turn < copies, turn, -1))
 
 
 def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, floor: float):

@@ -1,0 +1,92 @@
+"""Answers to problems, decoded, verified and handed over as they end: what rollouts and evaluations have in common."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from t3d.decoding.config import DecodingConfig
+from t3d.engine import Engine, FinishedEvent
+from t3d.tasks import Problem, Task, Verdict
+from t3d.trajectories import Trajectory
+
+JUDGED_TOGETHER = 64  # answers verified at a time, at most
+GROUP_SECONDS = 2.0  # after which those that have ended are verified, however few
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to write."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    sample: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What the store calls the answer."""
+        return self.problem.id, self.sample
+
+
+@dataclass(frozen=True)
+class Answer:
+    """trajectory: named after its problem, with the verdict. seconds: of decoding since the answer before it."""
+
+    trajectory: Trajectory
+    verdict: Verdict
+    seconds: float
+
+
+def answers(
+    engine: Engine, jobs: list[Job], decoding: DecodingConfig, task: Task, together: int = JUDGED_TOGETHER
+) -> Iterator[list[Answer]]:
+    """The answers in groups as they end, at most `together`; a group, perhaps an empty one, comes every few seconds.
+
+    What had ended before an error or Ctrl-C still comes. Seconds are kept with each answer, so they are right whatever
+    a kill takes away: it takes the time of what it takes. Judging, and what is done with a group, is not decoding.
+    """
+    ended: list[tuple[FinishedEvent, float]] = []
+
+    def group() -> list[Answer]:
+        found = [(jobs[event.index], event.trajectory, seconds) for event, seconds in ended]
+        ended.clear()
+        if not found:
+            return []
+        verdicts = task.judge_all([t.text for _, t, _ in found], [job.problem for job, _, _ in found])
+        return [
+            Answer(_named(trajectory, job, verdict), verdict, seconds)
+            for (job, trajectory, seconds), verdict in zip(found, verdicts, strict=True)
+        ]
+
+    events = engine.stream(
+        [job.prompt_ids for job in jobs],
+        replace(decoding, n=1),
+        seeds=[job.seed for job in jobs],
+        names=[job.problem.id for job in jobs],
+    )
+    start = handed = time.perf_counter()
+    try:
+        for event in events:
+            now = time.perf_counter()
+            if isinstance(event, FinishedEvent):
+                ended.append((event, now - start))
+                start = now
+            if len(ended) == together or now - handed >= GROUP_SECONDS:
+                yield group()
+                handed = time.perf_counter()
+                start += handed - now
+    except (Exception, KeyboardInterrupt):
+        yield group()
+        raise
+    yield group()
+
+
+def _named(trajectory: Trajectory, job: Job, verdict: Verdict) -> Trajectory:
+    return replace(
+        trajectory,
+        prompt_id=job.problem.id,
+        sample=job.sample,
+        question=job.problem.question,
+        answer=job.problem.answer,
+        correct=verdict.correct,
+    )
