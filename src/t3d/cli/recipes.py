@@ -1,0 +1,170 @@
+"""Commands that take a recipe: its stages, and what is asked about it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from t3d.cli.app import app
+from t3d.errors import T3DError
+
+RECIPE = Annotated[Path, typer.Argument(help="a YAML file", metavar="RECIPE", show_default=False)]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(help="values that replace the recipe's", metavar="section.key=value", show_default=False),
+]
+FORCE = Annotated[bool, typer.Option("--force", help="do the stage and those after it again, removing their output")]
+
+
+@app.command("run")
+def run_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
+    """All stages: rollout, train, eval, report. What is complete is skipped, what was killed continues."""
+    _stages(recipe, overrides, force, None)
+
+
+@app.command("rollout")
+def rollout_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
+    """Record how the teacher answers the training prompts: RUN/rollout."""
+    _stages(recipe, overrides, force, "rollout")
+
+
+@app.command("train")
+def train_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
+    """Distil the trajectories into a student: RUN/student."""
+    _stages(recipe, overrides, force, "train")
+
+
+@app.command("eval")
+def eval_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
+    """Evaluate teacher and student at every decode setting: RUN/summary.json."""
+    _stages(recipe, overrides, force, "eval")
+
+
+@app.command("report")
+def report_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="run folders, shown together; or a recipe and section.key=value, for the recipe's run",
+            metavar="RUN_DIR... | RECIPE",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="default: RUN_DIR/report.html, or report.html for several")
+    ] = None,
+    title: Annotated[str, typer.Option(help="heading; default: the names of the runs")] = "",
+    problems: Annotated[int, typer.Option(help="problems in the trajectory viewer")] = 24,
+) -> None:
+    """Write one HTML file about one or several runs, from what their evaluations kept."""
+    first = Path(sources[0])
+    if not first.is_dir() and first.suffix in (".yaml", ".yml"):
+        if output or title or problems != 24:
+            raise T3DError("--output, --title and --problems are for run folders; a recipe has report.title, ...")
+        return _stages(first, sources[1:], False, "report")
+    from t3d.report import ReportConfig, write_report
+
+    for source in sources:
+        if not Path(source).is_dir():
+            raise T3DError(f"{source} is not a run folder, nor a recipe (a file that ends in .yaml)")
+    if output is None:
+        output = first / "report.html" if len(sources) == 1 else Path("report.html")
+    print(f"report: {write_report(sources, output, ReportConfig(title=title, problems=problems))}")
+
+
+def _stages(recipe: Path, overrides: list[str] | None, force: bool, stage: str | None) -> None:
+    from t3d.config import load_recipe
+    from t3d.pipeline import STAGES, run_stages, to_terminal
+
+    to_terminal()
+    run = run_stages(load_recipe(recipe, overrides or ()), (stage,) if stage else STAGES, force)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if stage in (None, "eval"):
+        from rich.console import Console
+
+        from t3d.evaluation import EvalRow, read_summary
+        from t3d.evaluation.rows import print_table
+
+        rows = [EvalRow(**row) for row in read_summary(run / "summary.json")["rows"]]
+        print_table(rows, Console(width=None if sys.stdout.isatty() else 120))
+    if stage in (None, "report"):
+        print(f"report: {run / 'report.html'}")
+
+
+@app.command("study")
+def study_command(
+    study: Annotated[Path, typer.Argument(help="a YAML file", metavar="STUDY", show_default=False)],
+    overrides: OVERRIDES = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only list the runs, and which are complete")] = False,
+) -> None:
+    """Run many variants of a recipe over several seeds and write a table; what is complete is skipped."""
+    from t3d.log import to_terminal
+    from t3d.study import load_study, run_study
+    from t3d.study.runner import complete
+
+    to_terminal()
+    loaded = load_study(study, overrides or ())
+    if plan:
+        for job in loaded.jobs:
+            print(f"{'complete' if complete(job) else 'to do   '}  {job.recipe.run_dir}")
+        return
+    run_study(loaded)
+    print(f"results: {Path(loaded.folder) / 'results.md'}")
+
+
+@app.command("config")
+def config_command(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="show this recipe, resolved", metavar="RECIPE", show_default=False)
+    ] = None,
+    overrides: OVERRIDES = None,
+    everything: Annotated[bool, typer.Option("--all", help="also what `train` inherits from transformers")] = False,
+) -> None:
+    """Show every key with its default, type and meaning, as a recipe; or a recipe as the stages will see it."""
+    from t3d.config import describe, load_recipe
+
+    print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+) -> None:
+    """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
+    from rich.console import Console
+
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+    from t3d.plan import plan, table
+
+    to_terminal()
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="file for the settings")] = Path("decoding.json"),
+    model: Annotated[
+        str | None, typer.Option(help="checkpoint folder, hub id or 'embedded'; default: RUN/student")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="unmasking strategy whose own setting is chosen")] = "adaptive",
+    accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
+    tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
+    split: Annotated[str, typer.Option(help="problems to calibrate on: dev, train or test")] = "dev",
+) -> None:
+    """Choose a strategy's setting for a target accuracy or speed; `t3d generate --decoding FILE` and eval use it."""
+    from t3d.calibrate import calibrate_setting
+    from t3d.config import load_recipe
+    from t3d.log import to_terminal
+
+    to_terminal()
+    calibrate_setting(load_recipe(recipe, overrides or ()), model, strategy, accuracy, tpf, split, output)
