@@ -24,6 +24,7 @@ from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import STUDENT, add_adapter, merged, plain
 from t3d.distill.objectives import OBJECTIVES
 from t3d.distill.optim import Muon
+from t3d.distill.prepare import compile_layers, prepare
 from t3d.distill.recompute import recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.sampler import DrawSampler
@@ -76,9 +77,7 @@ class T3DTrainer(Trainer):
             compile_layers(model, args)
         for network in (model, reference):
             if network is not None:
-                network = plain(network)
-                network.get_output_embeddings().__class__ = Head
-                network.set_attn_implementation(_attention(args))
+                prepare(network, args)
         one_row = plain(model).config._attn_implementation in ("block_sdpa", "flex_attention")
         super().__init__(
             model=model,
@@ -335,26 +334,6 @@ class T3DTrainer(Trainer):
             student.load_state_dict(weights, strict=False, assign=True)
             student.tie_weights()
         save_model(student, folder, self.processing_class)
-
-
-class Head(nn.Linear):
-    """A language-model head inside whose forward an objective does its work: there a sharded model has it gathered."""
-
-    def forward(self, hidden: Tensor, head: Callable[[Tensor, Tensor], object] | None = None):
-        return super().forward(hidden) if head is None else head(hidden, self.weight)
-
-
-def compile_layers(model: nn.Module, args: T3DConfig) -> None:
-    """torch.compile every decoder layer in place; they are alike, so all but the first come from the cache."""
-    for layer in plain(model).model.layers:
-        layer.compile(**args.compile_options)
-
-
-def _attention(args: T3DConfig) -> str:
-    if args.attention != "auto":
-        return args.attention
-    cpu = "sdpa" if args.compile_layers else "block_sdpa"  # which the compiler cannot follow
-    return {"cpu": cpu, "cuda": "flex_attention"}.get(args.device.type, "sdpa")
 
 
 def turns(step: int, share: float) -> bool:
