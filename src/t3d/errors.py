@@ -8,6 +8,10 @@ class T3DError(Exception):
     """A problem with the input, not with the program: the message says what is wrong and what to do."""
 
 
+class InUseError(T3DError):
+    """Another process holds what this one needs."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -108,7 +108,17 @@ def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_rec
     assert killed.code == -signal.SIGKILL
     done = t3d("study", study)
     assert done.code == 0, done.stderr
-    assert "run 5 of 5, path, seed 1" in done.stderr
+    assert "run 5 of 5, path, seed 1, is complete" in done.stderr
+    assert results(t3d.folder)["rows"] == results(studied)["rows"]
+
+
+def test_two_processes_share_a_study(t3d, write_recipe, studied):
+    study = write_study(t3d.folder, write_recipe)
+    first = t3d.start("study", study)
+    second = t3d("study", study)
+    assert second.code == 0, second.stderr
+    assert t3d.finish(first).code == 0
+    assert "is complete" in second.stderr  # it did a share of them
     assert results(t3d.folder)["rows"] == results(studied)["rows"]
 
 

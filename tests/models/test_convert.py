@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model
 from t3d.models.convert import convert
+from t3d.models.recommended import recommend, recommended
 from t3d.tasks.word_problems import build_tokenizer
 from tests.models.helpers import logits
 
@@ -64,6 +65,21 @@ def test_the_weights_are_the_same_but_for_the_mask(tmp_path, kind, tie, spare):
             assert torch.equal(found, weight)
     config = json.loads((tmp_path / "bd" / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
+
+
+def test_a_block_diffusion_checkpoint_gets_other_blocks_and_keeps_all_weights(tmp_path):
+    autoregressive(tmp_path / "ar")
+    convert(tmp_path / "ar", tmp_path / "b4", block_size=4)
+    recommend(tmp_path / "b4", {"block_size": 4, "steps": 2, "temperature": 0.0})
+    convert(tmp_path / "b4", tmp_path / "b8", block_size=8)
+    before, _ = load_model(tmp_path / "b4")
+    after, _ = load_model(tmp_path / "b8")
+    assert after.config.block_size == 8
+    assert after.config.mask_token_id == before.config.mask_token_id
+    assert after.generation_config.eos_token_id == before.generation_config.eos_token_id
+    assert recommended(after) == {}  # it was for other blocks
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight)
 
 
 def test_the_tokenizers_own_mask_token_is_taken_and_all_stop_ids(tmp_path):

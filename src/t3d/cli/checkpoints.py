@@ -87,7 +87,10 @@ def generate_command(
 @app.command("convert")
 def convert_command(
     model: Annotated[
-        str, typer.Argument(help="Qwen3 or Qwen3-MoE: folder or hub id", metavar="QWEN3", show_default=False)
+        str,
+        typer.Argument(
+            help="Qwen3, Qwen3-MoE or SDAR: folder, hub id or 'embedded'", metavar="CHECKPOINT", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
     block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
@@ -95,12 +98,14 @@ def convert_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
 ) -> None:
-    """Make a block-diffusion checkpoint of an autoregressive one, for `train.objective=sft` to adapt."""
+    """Make a block-diffusion checkpoint of an autoregressive one, or of one with other blocks, for
+    `train.objective=sft` to adapt."""
+    from t3d.embedded import checkpoint as named
     from t3d.log import to_terminal
     from t3d.models.convert import convert
 
     to_terminal()
-    made, tokenizer = convert(model, out, block_size, mask_token, dtype, max_shard_size)
+    made, tokenizer = convert(named(model), out, block_size, mask_token, dtype, max_shard_size)
     mask, stops = made.config.mask_token_id, made.generation_config.eos_token_id
     names = ", ".join(f"{id} ({tokenizer.convert_ids_to_tokens(id)})" for id in stops)
     print(f"{out}: {made.config.model_type}, blocks of {block_size}, mask token {mask}, stop tokens {names}")

@@ -1,6 +1,7 @@
-"""From an autoregressive model to a block-diffusion one: the same weights, a mask token, another configuration.
+"""From an autoregressive model to a block-diffusion one, or from one block size to another: the same weights.
 
-The result answers like nothing yet: it has never seen a mask. `objective: sft` adapts it (docs/models.md).
+The result answers like nothing yet: it has never seen a mask, or not so many at once. `objective: sft` adapts it
+(docs/models.md).
 """
 
 import os
@@ -11,6 +12,7 @@ from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
 from t3d.models.files import check_weights, local_folder, read_json
 from t3d.models.load import load_tokenizer, load_weights
+from t3d.models.recommended import KEY
 from t3d.models.save import SHARD, save_model
 
 MASK_TOKEN = "<|MASK|>"  # what SDAR calls it
@@ -24,10 +26,10 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str = SHARD,
 ):
-    """Write the Qwen3 or Qwen3-MoE checkpoint `name` as one of SDAR's type to `out`; returns `(model, tokenizer)`.
+    """Write the Qwen3, Qwen3-MoE or SDAR checkpoint `name` as SDAR with this block size; returns `(model, tokenizer)`.
 
     The mask token is the tokenizer's own, else `mask_token`, added; it takes the first unused row of the embedding,
-    which grows if there is none. Its row becomes the mean of the vocabulary's. Stop ids are all that the files name,
+    which grows if there is none. Its row becomes the mean of the vocabulary's, but for a checkpoint that has known masks. Stop ids are all that the files name,
     and the token that ends a turn of the chat template, which comes first.
     Raises T3DError when it is another kind of checkpoint, or has no tokenizer.
     """
@@ -35,7 +37,7 @@ def convert(
         raise T3DError(f"block_size must be at least 1, got {block_size}")
     folder = local_folder(name)
     values = read_json(folder / "config.json")
-    kinds = {family.autoregressive: family for family in FAMILIES.values()}
+    kinds = {family.autoregressive: family for family in FAMILIES.values()} | FAMILIES
     if values.get("model_type") not in kinds:
         raise T3DError(f"{name}: model type {values.get('model_type')!r} cannot be converted (can: {', '.join(kinds)})")
     check_weights(folder)
@@ -46,17 +48,17 @@ def convert(
     left = ("model_type", "architectures", "auto_map")
     config = family.config_class(**{key: value for key, value in values.items() if key not in left})
     config.block_size = block_size
-    words = len(tokenizer)
-    if tokenizer.mask_token_id is None:
+    words, knows_masks = len(tokenizer), values["model_type"] in FAMILIES
+    if tokenizer.mask_token_id is None and not knows_masks:
         tokenizer.add_special_tokens({"mask_token": mask_token})
-    config.mask_token_id = tokenizer.mask_token_id
+    if not knows_masks or config.mask_token_id is None:
+        config.mask_token_id = tokenizer.mask_token_id
     model = load_weights(family, folder, name, dtype=dtype, device="cpu", config=config)
-    if config.mask_token_id >= model.config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied
-            weight[config.mask_token_id] = weight[:words].mean(0, dtype=torch.float32).to(weight.dtype)
+    if not knows_masks:
+        _add_mask(model, config.mask_token_id, words)
     generation = model.generation_config
+    if hasattr(generation, KEY):  # what was found best for the old blocks
+        delattr(generation, KEY)
     generation.eos_token_id = _stop_ids(model, tokenizer)
     if generation.pad_token_id is None:
         generation.pad_token_id = (
@@ -64,6 +66,14 @@ def convert(
         )
     save_model(model, out, tokenizer, max_shard_size=max_shard_size)
     return model, tokenizer
+
+
+def _add_mask(model, mask_id: int, words: int) -> None:
+    if mask_id >= model.config.vocab_size:
+        model.resize_token_embeddings(max(words, mask_id + 1), mean_resizing=False)
+    with torch.no_grad():
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied
+            weight[mask_id] = weight[:words].mean(0, dtype=torch.float32).to(weight.dtype)
 
 
 def _stop_ids(model, tokenizer) -> list[int]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from t3d.config import Recipe
 from t3d.disk import write_whole
-from t3d.errors import T3DError
+from t3d.errors import InUseError, T3DError
 from t3d.log import log, to_file
-from t3d.pipeline.settings import GROWING, settings
+from t3d.pipeline.settings import GROWING, default, settings
 from t3d.pipeline.versions import versions
 
 STAGES = ("rollout", "train", "eval", "report")
@@ -57,7 +57,7 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when we die
             except BlockingIOError as error:
-                raise T3DError(
+                raise InUseError(
                     f"{self.path} is in use by another run; wait for it, or choose another run_dir"
                 ) from error
             if new:
@@ -110,9 +110,10 @@ class RunFolder:
         old = record["settings"]
         new = settings(recipe, stage, student="train.objective" in old)
         for key in sorted((old.keys() | new.keys()) - GROWING):
-            if old.get(key) != new.get(key):
+            before, now = (found.get(key, default(key)) for found in (old, new))
+            if before != now:
                 raise T3DError(
-                    f"{self.path}: the {stage} stage was run with {key} = {old.get(key)!r}, not {new.get(key)!r}; "
+                    f"{self.path}: the {stage} stage was run with {key} = {before!r}, not {now!r}; "
                     "add --force to do it again, or choose another run_dir"
                 )
 

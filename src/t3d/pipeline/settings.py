@@ -1,6 +1,6 @@
 """Which keys of a recipe the result of a stage depends on."""
 
-from t3d.config import Recipe
+from t3d.config import SECTIONS, Recipe, keys
 
 # Keys that change neither the trajectories nor the student nor the rows: prefixes of dotted names.
 NEUTRAL = (
@@ -64,3 +64,11 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return {key: value for key, value in flat.items() if not key.startswith(ignored)}
+
+
+def default(dotted: str):
+    """The default of a key, `section.key` or `key`: what a recipe or a record says that does not name it, such as one
+    of a version that did not have it."""
+    section, _, name = dotted.rpartition(".")
+    key = keys(section).get(name) if section in ("", *SECTIONS) else None
+    return key and key.default

@@ -1,32 +1,47 @@
-"""Runs a study's jobs one after another. Each is an ordinary run, so what is complete is skipped."""
+"""Runs a study's jobs. Each is an ordinary run, so what is complete is skipped, and several processes can share them."""
 
-from t3d.errors import T3DError
+import time
+
+from t3d.errors import InUseError, T3DError
 from t3d.log import log
 from t3d.pipeline import RunFolder, run_stages
 from t3d.study.config import Job, Study
 from t3d.study.results import write_study_results
 
+WAIT_SECONDS = 5.0  # before asking again for runs that other processes hold
+
 
 def run_study(study: Study) -> None:
-    """Run what is not complete, and write the results anew after every run.
+    """Run what is not complete, and write the results anew after every run; return when all runs are.
+
+    A run that another process holds is left to it, and is taken up if that process ends before the run does.
 
     Raises:
         T3DError: at the end, if a run failed; the others were done.
     """
     failed = []
-    for number, job in enumerate(study.jobs, 1):
-        if complete(job):
-            continue
-        log.info("study: run %d of %d, %s, seed %d", number, len(study.jobs), job.variant, job.seed)
-        try:
-            if job.rollout is not None:
-                run_stages(job.rollout, ("rollout",))
-            run_stages(job.recipe)
-        except T3DError as error:
-            log.warning("study: %s, seed %d failed: %s", job.variant, job.seed, error)
-            failed.append(f"{job.variant}, seed {job.seed}")
-            continue
-        write_study_results(study)
+    pending = dict(enumerate(study.jobs, 1))
+    while pending:
+        busy = {}
+        for number, job in pending.items():
+            if complete(job):
+                continue
+            try:
+                if job.rollout is not None:
+                    run_stages(job.rollout, ("rollout",))
+                run_stages(job.recipe)
+                log.info("study: run %d of %d, %s, seed %d, is complete", number, len(study.jobs), job.variant, job.seed)
+            except InUseError:
+                busy[number] = job
+                continue
+            except T3DError as error:
+                log.warning("study: %s, seed %d failed: %s", job.variant, job.seed, error)
+                failed.append(f"{job.variant}, seed {job.seed}")
+                continue
+            write_study_results(study)
+        if len(busy) == len(pending):
+            time.sleep(WAIT_SECONDS)
+        pending = busy
     write_study_results(study)
     if failed:
         raise T3DError(f"{len(failed)} of {len(study.jobs)} runs failed ({'; '.join(failed)}); the reasons are above")
