@@ -1,18 +1,25 @@
-"""The coordinate identity: the objective's gradient is that of KL(q || p), with p enumerated for a small joint."""
+"""`mean_field`: its gradient is that of KL(q || p), enumerated for a small joint; its parts against slow ones."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_model
 from test_layout import MASK, PAD, random_trajectory
 from test_objectives import run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t3d.blocks import Layout
 from t3d.distill import T3DConfig
 from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.logprobs import CHUNK
+from t3d.distill.objectives import OBJECTIVES, mean_field
 from t3d.distill.objectives.mean_field import _terms, masked_one_by_one, place_in_block
 from t3d.distill.trainer import turns
+from t3d.trajectories import NFE, Trajectory
 
 
 def make_batch(seed=0, documents=3, packed=False, block_size=4, **settings):
@@ -24,33 +31,90 @@ def make_batch(seed=0, documents=3, packed=False, block_size=4, **settings):
     return TrainingBatch(**collate(examples, PAD, block_size, 200 if packed else 1)), config
 
 
-def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint():
-    """q over n masked positions, p any joint whose conditionals are given; compare with the enumerated KL."""
+def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint(monkeypatch):
+    """One block of n masked positions, any q and any joint p of few words: the objective's gradients, averaged over all
+    fills x ~ q, against that of the enumerated KL(q || p). Student and teacher are tables in place of networks."""
     torch.manual_seed(0)
-    n, vocabulary = 3, 4
-    joint = torch.randn([vocabulary] * n, dtype=torch.float64).flatten().softmax(0).view([vocabulary] * n)
-    logits = torch.randn(n, vocabulary, dtype=torch.float64, requires_grad=True)
+    n, words = 4, 3
+    joint = torch.randn([words] * n, dtype=torch.float64).flatten().softmax(0).view([words] * n)
+    logits = torch.randn(n, words, dtype=torch.float64, requires_grad=True)
+    fills = list(itertools.product(range(words), repeat=n))
 
     logq = logits.log_softmax(-1)
-    words = list(itertools.product(range(vocabulary), repeat=n))
-    kl = sum(
-        sum(logq[i, x[i]] for i in range(n)).exp() * (sum(logq[i, x[i]] for i in range(n)) - joint[x].log())
-        for x in words
-    )
+    of_fill = torch.stack([sum(logq[i, x[i]] for i in range(n)) for x in fills])
+    kl = (of_fill.exp() * (of_fill - torch.stack([joint[x].log() for x in fills]))).sum()
     (exact,) = torch.autograd.grad(kl, logits)
 
-    q = logits.log_softmax(-1).exp().detach()
-    total = torch.zeros((), dtype=torch.float64)
-    for x in words:  # the expectation over x ~ q, exactly
-        probability = torch.stack([q[i, x[i]] for i in range(n)]).prod()
-        for i in range(n):
-            conditional = joint[tuple(slice(None) if j == i else x[j] for j in range(n))]
-            conditional = conditional / conditional.sum()
-            logq_i = logits[i].log_softmax(-1)
-            # averaging over x_i too: the term does not depend on it
-            total = total + probability * (logq_i.exp() * (logq_i - conditional.log())).sum()
-    (coordinate,) = torch.autograd.grad(total, logits)
-    torch.testing.assert_close(coordinate, exact)
+    trajectory = Trajectory(
+        prompt_ids=[words + 1] * n,
+        response_ids=[0] * n,
+        step_map=list(range(n)),
+        confidence=[0.5] * n,
+        length=n,
+        finish_reason="stop",
+        nfe=NFE(),
+        block_size=n,
+    )
+    config = T3DConfig(output_dir="unused", objective="mean_field", use_cpu=True, mf_anchor=0.0, random_ratio=0.0)
+    dataset = StateDataset([trajectory], config, n, mask_id=words, vocabulary=words)
+    states = (dataset.states(trajectory, np.random.default_rng(seed)) for seed in itertools.count())
+    batch = next(b for s in states if len((b := TrainingBatch(**collate([s], words + 1, n, 1))).select) == n)
+    head = torch.eye(words + 1, words, dtype=torch.float64)  # the last row is the mask's
+
+    def teacher(take, asked):
+        hidden = []
+        for place in asked.select.tolist():
+            row, column = divmod(place, asked.input_ids.shape[1])
+            block = (asked.copy[row] == asked.copy[row, column]).nonzero().flatten()
+            ids = asked.input_ids[row, block[asked.position[row, block].argsort()]].tolist()
+            assert ids.count(words) == 1  # one position is asked for, the others are filled
+            hidden.append(joint[tuple(slice(None) if token == words else token for token in ids)].log())
+        return take(torch.stack(hidden), head)
+
+    total = torch.zeros_like(logits)
+    for x, probability in zip(fills, of_fill.detach().exp(), strict=True):
+        monkeypatch.setattr(mean_field, "choose_tokens", lambda *_, x=x: torch.tensor(x))
+        loss, _ = OBJECTIVES["mean_field"].loss(batch, lambda take: take(logits, head), teacher, config, words)
+        total += probability * torch.autograd.grad(loss * n, logits)[0]  # the loss is a mean over positions
+    torch.testing.assert_close(total, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_it_fits_the_vocabulary_of_a_real_model():
+    """1,200 positions and 151,936 tokens, forward and backward: no tensor is wider than a chunk of positions."""
+    vocabulary, positions, width = 151_936, 1200, 4
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    hidden = torch.randn(positions, width, requires_grad=True)
+    batch = make_batch(documents=1)[0]
+    batch = replace(
+        batch,
+        block=torch.arange(positions) // 4,
+        target=torch.randint(0, vocabulary, (positions,)),
+        labelled=torch.ones(positions),
+        input_ids=torch.zeros(1, positions, dtype=torch.long),
+        select=torch.arange(positions),
+    )
+    config = T3DConfig(output_dir="unused", objective="mean_field", use_cpu=True, mf_copies=1)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            result = function(*arguments, **(keywords or {}))
+            sizes = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            largest = max(largest, *sizes, 0)
+            return result
+
+    def teacher(take, asked):
+        return take(hidden.detach()[::4] + 1, weight.detach())
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(mean_field, "masked_one_by_one", lambda *_: None)
+        loss, _ = OBJECTIVES["mean_field"].loss(batch, lambda take: take(hidden, weight), teacher, config, 3)
+        loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
+    assert largest <= 4 * vocabulary * CHUNK < 4 * vocabulary * positions
 
 
 def test_every_teacher_copy_masks_one_position_and_fills_the_others():
@@ -89,8 +153,6 @@ def test_fewer_copies_ask_a_random_part_of_the_positions():
 
 
 def test_the_loss_is_its_formula():
-    from t3d.distill.objectives import OBJECTIVES
-
     batch, config = make_batch(2, mf_anchor=0.5)
     batch.labelled[::2] = 1.0
     student, teacher = make_model(seed=1), make_model(seed=2)

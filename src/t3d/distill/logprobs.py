@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024  # positions at a time: 0.6 GB of fp32 logits for 151,936 tokens
+WHOLE_CHUNK = 256  # where whole distributions are compared, some eight tensors of that width at once
 
 
 def in_chunks(function: Callable, *columns: Tensor, chunk: int = CHUNK):

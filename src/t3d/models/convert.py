@@ -28,9 +28,9 @@ def convert(
 ):
     """Write the Qwen3, Qwen3-MoE or SDAR checkpoint `name` as SDAR with this block size; returns `(model, tokenizer)`.
 
-    The mask token is the tokenizer's own, else `mask_token`, added; it takes the first unused row of the embedding,
-    which grows if there is none. Its row becomes the mean of the vocabulary's, but for a checkpoint that has known masks. Stop ids are all that the files name,
-    and the token that ends a turn of the chat template, which comes first.
+    The mask token is the checkpoint's or the tokenizer's own, else `mask_token`, added; it takes the first unused row
+    of the embedding, which grows if there is none. Its row becomes the mean of the vocabulary's, but where it has been
+    trained. Stop ids are all that the files name, and the token that ends a turn of the chat template, before them.
     Raises T3DError when it is another kind of checkpoint, or has no tokenizer.
     """
     if block_size < 1:

@@ -1,4 +1,4 @@
-"""Runs a study's jobs. Each is an ordinary run, so what is complete is skipped, and several processes can share them."""
+"""Runs a study's jobs: each an ordinary run, so what is complete is skipped, and several processes can share them."""
 
 import time
 
@@ -19,7 +19,7 @@ def run_study(study: Study) -> None:
     Raises:
         T3DError: at the end, if a run failed; the others were done.
     """
-    failed = []
+    failed, total = [], len(study.jobs)
     pending = dict(enumerate(study.jobs, 1))
     while pending:
         busy = {}
@@ -30,7 +30,7 @@ def run_study(study: Study) -> None:
                 if job.rollout is not None:
                     run_stages(job.rollout, ("rollout",))
                 run_stages(job.recipe)
-                log.info("study: run %d of %d, %s, seed %d, is complete", number, len(study.jobs), job.variant, job.seed)
+                log.info("study: run %d of %d, %s, seed %d, is complete", number, total, job.variant, job.seed)
             except InUseError:
                 busy[number] = job
                 continue
@@ -44,7 +44,7 @@ def run_study(study: Study) -> None:
         pending = busy
     write_study_results(study)
     if failed:
-        raise T3DError(f"{len(failed)} of {len(study.jobs)} runs failed ({'; '.join(failed)}); the reasons are above")
+        raise T3DError(f"{len(failed)} of {total} runs failed ({'; '.join(failed)}); the reasons are above")
 
 
 def complete(job: Job) -> bool:

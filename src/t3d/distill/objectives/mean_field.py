@@ -11,11 +11,10 @@ REINFORCE, the coordinate identity of mean-field variational inference (Bishop 2
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch, restate
-from t3d.distill.logprobs import CHUNK, choose_tokens, mask_free_logits
+from t3d.distill.logprobs import WHOLE_CHUNK, choose_tokens, in_chunks, mask_free_logits
 from t3d.distill.objectives.base import Forward, Objective
 
 
@@ -39,14 +38,13 @@ class MeanField(Objective):
         teacher_hidden, teacher_weight = reference(
             lambda h, w: (h, w), masked_one_by_one(batch, fill, turn, copies, mask_id)
         )
-        chunks = zip(
-            hidden[asked].split(CHUNK), teacher_hidden.split(CHUNK), batch.target[asked].split(CHUNK), strict=True
+        kl, logp = in_chunks(
+            lambda h, t, x: _terms(h, weight, t, teacher_weight, x, mask_id, config.mf_floor),
+            hidden[asked],
+            teacher_hidden,
+            batch.target[asked],
+            chunk=WHOLE_CHUNK,
         )
-        parts = [
-            checkpoint(_terms, h, weight, t, teacher_weight, x, mask_id, config.mf_floor, use_reentrant=False)
-            for h, t, x in chunks
-        ]
-        kl, logp = (torch.cat(column) for column in zip(*parts, strict=True))
         labelled = batch.labelled[asked]
         anchor = -(logp * labelled).sum() / labelled.sum().clamp(min=1)
         metrics = {"loss/kl": kl.detach().mean(), "loss/anchor": anchor.detach()}

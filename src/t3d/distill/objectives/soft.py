@@ -5,7 +5,7 @@ from torch import Tensor
 
 from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch, when_committed
-from t3d.distill.logprobs import in_chunks, mask_free_logits
+from t3d.distill.logprobs import WHOLE_CHUNK, in_chunks, mask_free_logits
 from t3d.distill.objectives.base import Forward, Objective, mean
 
 
@@ -38,7 +38,9 @@ def divergence(
 
     hidden, weight give the student's q; other, other_weight the reference's p.
     """
-    return in_chunks(lambda h, o: _divergence(h, weight, o, other_weight, mask_id, kind, k), hidden, other)
+    return in_chunks(
+        lambda h, o: _divergence(h, weight, o, other_weight, mask_id, kind, k), hidden, other, chunk=WHOLE_CHUNK
+    )
 
 
 def _divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, mask_id: int, kind: str, k: int):
