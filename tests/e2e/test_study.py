@@ -92,7 +92,7 @@ def test_the_document_gets_the_table_between_its_marks(studied):
     assert text.endswith("<!-- study: end -->\nafter\n")
     assert "old" not in text
     assert "| `mean-field` |" in text
-    assert (studied / "results-no-labels.svg").is_file()
+    assert (studied / "results-study-no-labels.svg").is_file()
 
 
 def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_recipe, studied):

@@ -12,7 +12,7 @@ from t3d.report.figures import save_accuracy_plot
 from t3d.study.config import Study
 from t3d.study.pool import Cost, Pool, costs, pools
 
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # with the name of the study's file
 
 
 def write_study_results(study: Study) -> None:
@@ -31,8 +31,10 @@ def write_study_results(study: Study) -> None:
     write_whole(folder / "results.md", _markdown(study, found, spent, pairs, _plots(study, found, folder / "results")))
     if study.results is not None:
         path = study.path.parent / study.results
-        text = _markdown(study, found, spent, pairs, _plots(study, found, path.with_suffix("")))
-        write_whole(path, _between_marks(path, text))
+        name = study.path.stem
+        plots = _plots(study, found, path.with_name(f"{path.stem}-{name}"))
+        text = _markdown(study, found, spent, pairs, plots)
+        write_whole(path, _between_marks(path, name, text))
 
 
 def comparisons(study: Study, found: list[Pool]) -> Iterable[tuple]:
@@ -151,15 +153,16 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
     return made
 
 
-def _between_marks(path: Path, text: str) -> str:
+def _between_marks(path: Path, name: str, text: str) -> str:
+    begin, end = BEGIN.format(name), END.format(name)
     try:
         old = path.read_text(encoding="utf-8")
     except OSError as error:
         raise T3DError(f"cannot read {path}, where the results should go: {error.strerror}") from error
-    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
-        raise T3DError(f"{path} has no place for the results: add the lines {BEGIN} and {END}")
-    head, rest = old.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
+    if begin not in old or end not in old.split(begin, 1)[1]:
+        raise T3DError(f"{path} has no place for the results: add the lines {begin} and {end}")
+    head, rest = old.split(begin, 1)
+    return f"{head}{begin}\n\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def _plain(found: list[Pool], spent: dict[str, list[Cost]], pairs: list) -> dict:
