@@ -62,7 +62,7 @@ class T3DConfig(TrainingArguments):
     cdlm_denoising: float = _help(
         "consistency: weight of the cross-entropy at random masks; 0: none, and a copy less", 0.0
     )
-    mf_anchor: float = _help("mean_field: weight of the cross-entropy to verified trajectories; 0: label-free", 0.5)
+    mf_anchor: float = _help("mean_field: weight of the cross-entropy to the trajectories; 0: none", 0.5)
     mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
     mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
     mf_temperature: float = _help("mean_field: 0 fills masks with the student's argmax; else a sample at it", 0.0)

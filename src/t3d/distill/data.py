@@ -25,9 +25,10 @@ class TrainingBatch:
     input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
     select: flat index of each supervised position into rows * length; target: the trajectory's token there; step, rank:
     the step at which, and the place in the order in which, it was committed in its block; weight, part: the state's
-    weight, and the term of the loss that it belongs to; labelled: 1 where the target is part of a response verified as
-    correct, else 0; sequence, block: numbers of the noisy sequence (a document's copy) and of the noisy block it is in,
-    counted over the batch; all `(m,)`. item: each document's place in the dataset, `(documents,)`; -1: none.
+    weight, and the term of the loss that it belongs to; labelled: 1 where the target is part of a stored response,
+    through its stop, 0 where it is the student's own; sequence, block: numbers of the noisy sequence (a document's
+    copy) and of the noisy block it is in, counted over the batch; all `(m,)`. item: each document's place in the
+    dataset, `(documents,)`; -1: none.
     """
 
     input_ids: Tensor
@@ -160,7 +161,7 @@ class StateDataset(Dataset):
                     "rank": rank[where],
                     "weight": state.weight[where],
                     "part": state.part[where],
-                    "labelled": counted[where] * float(trajectory.correct is True),
+                    "labelled": counted[where] * float(item >= 0),
                     "supervised_copy": np.full(len(where), copy),
                     "supervised_block": block[where],
                 }

@@ -19,7 +19,7 @@ from t3d.distill.objectives.base import Forward, Objective
 
 
 class MeanField(Objective):
-    """`L = mean_i sum_v q_i(v) (log q_i(v) - max(log p(v | ...), floor)) + anchor * CE to verified trajectories`.
+    """`L = mean_i sum_v q_i(v) (log q_i(v) - max(log p(v | ...), floor)) + mf_anchor * CE to the trajectories`.
 
     The masked positions are filled with the student's own choice (argmax, or a sample at `mf_temperature`); copy `c` of
     a noisy block masks its c-th one again; one teacher forward over all copies gives every conditional.
