@@ -9,6 +9,7 @@ import pytest
 
 from e2e.program import assert_same_trajectories
 from e2e.test_run import weights
+from t3d.models import load_tokenizer
 
 
 def refused(done, *said: str) -> None:
@@ -182,3 +183,42 @@ def test_usage_errors_and_unknown_commands(t3d):
     done = t3d("run", "recipe.yaml", "--help")
     assert done.code == 0
     assert "section.key=value" in done.stdout
+
+
+def test_trajectories_that_are_not_the_models_to_learn_from(t3d, write_recipe, tiny, finished):
+    recipe, source = write_recipe(t3d.folder), f"rollout.source={finished[0] / 'rollout'}"
+    done = t3d("convert", str(tiny), "b8", "--block-size", "8")
+    assert done.code == 0, done.stderr
+    refused(t3d("run", recipe, source, "model.path=b8/"), "blocks of 4 tokens, the model of 8")
+    tokenizer = load_tokenizer(tiny)
+    vocabulary = tokenizer.get_vocab()
+    swapped = dict(zip(vocabulary, [*list(vocabulary.values())[:-2], *list(vocabulary.values())[:-3:-1]], strict=True))
+    path = t3d.folder / "other"
+    shutil.copytree(tiny, path)
+    values = json.loads((path / "tokenizer.json").read_text())
+    values["model"]["vocab"] = {word: swapped.get(word, id) for word, id in values["model"]["vocab"].items()}
+    (path / "tokenizer.json").write_text(json.dumps(values))
+    refused(t3d("run", recipe, source, "model.path=other/"), "another tokenizer")
+    (t3d.folder / "empty").mkdir()
+    refused(t3d("run", recipe, "rollout.source=empty"), "empty")
+    assert not (t3d.folder / "runs" / "recipe" / "student").exists()
+
+
+def test_nothing_left_to_learn_from(t3d, write_recipe, finished):
+    recipe, source = write_recipe(t3d.folder), f"rollout.source={finished[0] / 'rollout'}"
+    done = t3d("run", recipe, source, "train.max_length=1")
+    assert done.code == 2
+    assert "no trajectory is left to train on: 40 too long" in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_checkpoint(t3d, write_recipe, finished):
+    recipe, source = write_recipe(t3d.folder), f"rollout.source={finished[0] / 'rollout'}"
+    done = t3d("run", recipe, source, "train.learning_rate=1e30", "train.max_grad_norm=0", "train.save_steps=1")
+    assert done.code == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the loss became ")
+    assert "word_problems/train/" in last
+    assert "lower train.learning_rate" in last
+    run = t3d.folder / "runs" / "recipe"
+    assert any(run.glob("train/checkpoint-*/whole"))
+    assert not (run / "student").exists()

@@ -32,7 +32,7 @@ from t3d.distill.sharding import Sharding
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, save_model
-from t3d.trajectories.fingerprint import tokenizer_fingerprint
+from t3d.trajectories.fingerprint import check_tokenizer
 
 ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
 
@@ -61,7 +61,7 @@ class T3DTrainer(Trainer):
         self.objective = OBJECTIVES[args.objective]
         self.mask_id = model.config.mask_token_id
         self.held_out = held_out
-        _check_tokenizer(train_dataset, processing_class)
+        check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
             train_dataset,
@@ -364,14 +364,6 @@ class _Evaluate(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         control.should_save = True
-
-
-def _check_tokenizer(dataset, tokenizer) -> None:
-    made_with = getattr(dataset, "metadata", {}).get("tokenizer_fingerprint")
-    if made_with is not None and tokenizer is not None and made_with != tokenizer_fingerprint(tokenizer):
-        raise T3DError(
-            "the trajectories were made with another tokenizer than the model's; roll out again with this model"
-        )
 
 
 def _empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:

@@ -15,7 +15,7 @@ from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.settings import settings
 from t3d.pipeline.versions import versions
 from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
-from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
+from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint, tokenizer_fingerprint
 
 
 def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
@@ -83,11 +83,13 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
 
 def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
     """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
-    found, size = TrajectoryDataset(recipe.rollout.source), inputs.teacher[0].config.block_size
+    model, tokenizer = inputs.teacher
+    found, size = TrajectoryDataset(recipe.rollout.source), model.config.block_size
     if found[0].block_size != size:
         raise T3DError(
             f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
         )
+    check_tokenizer(found.metadata, tokenizer)
     return found
 
 
@@ -95,6 +97,7 @@ def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     """Copy the trajectories of another folder to RUN/rollout."""
     found = adopted(recipe, inputs)
     metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    metadata["tokenizer_fingerprint"] = tokenizer_fingerprint(inputs.teacher[1])
     with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
         for trajectory in found:
             writer.write(trajectory)

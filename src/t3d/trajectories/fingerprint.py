@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from t3d.errors import T3DError
+
 SAMPLES = 256  # values of each weight that are looked at
 
 
@@ -23,3 +25,12 @@ def tokenizer_fingerprint(tokenizer) -> str | None:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps([vocabulary, template]).encode()).hexdigest()[:16]
+
+
+def check_tokenizer(metadata: dict, tokenizer) -> None:
+    """Raises T3DError if trajectories with this metadata were made with another tokenizer, where it says with which."""
+    made_with = metadata.get("tokenizer_fingerprint")
+    if made_with is not None and tokenizer is not None and made_with != tokenizer_fingerprint(tokenizer):
+        raise T3DError(
+            "the trajectories were made with another tokenizer than the model's; roll out again with this model"
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from t3d.errors import T3DError
 from t3d.tasks.records import read_records
+from t3d.trajectories.fingerprint import tokenizer_fingerprint
 from t3d.trajectories.record import NFE, Trajectory
 from t3d.trajectories.store import TrajectoryWriter
 
@@ -59,6 +60,7 @@ def import_rollouts(
     """
     found, name = Imported(), Path(path).stem
     about = {"kind": "import", "source": Path(path).name, "block_size": block_size, "stop_ids": list(stop_ids)}
+    about["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     writer = None
     try:
         for number, (where, record) in enumerate(read_records(path)):
