@@ -235,6 +235,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     given, sources = {}, {}  # dotted key -> its value as written, and where it was last set
     for source, part in parts:
         found = dict(_flat(part, source))
+        for name, value in found.items():
+            if isinstance(value, dict | list) and "${" not in str(value):  # OmegaConf merges no mapping into a list
+                section, _, key = name.rpartition(".")
+                keys(section)[key].check(value, source)
         given |= found
         sources |= dict.fromkeys(found, source)
     for name in (name for name, value in given.items() if value == "???"):

@@ -34,6 +34,7 @@ def refused(done, *said: str) -> None:
         ("task: {name: word_problems}", "num_train"),
         ("train: {objective: t3dd}", "(did you mean 't3d'?)"),
         ("train: {optim: sgdd}", "train: "),
+        ("eval: {checkpoints: {a: b}}", "eval.checkpoints must be list of str"),
         ("train: {report_to: [nowhere]}", "train.report_to: nowhere is not installed, or unknown"),
         ("eval: {strategy: [low_confidence]}", "unknown strategy"),
         ("rollout: {steps: 0}", "rollout: steps must be at least 1"),

@@ -209,3 +209,11 @@ def test_a_stop_token_that_pads_is_trained_too(tmp_path):
     model, _ = load_model(tmp_path / "m")
     model(torch.tensor([[0, 7]])).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad[0].abs().max() > 0
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(T3DError, match="a file has this name"):
+        save_model(make_model(), tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

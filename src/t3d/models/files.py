@@ -97,6 +97,8 @@ def replacing(folder: str | os.PathLike) -> Iterator[Path]:
         T3DError: when it cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise T3DError(f"cannot write {folder}: a file has this name")
     temporary = folder.parent / f".{folder.name}.saving"
     try:
         _finish_replacing(folder)
