@@ -166,13 +166,16 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
         assert taken == value or list(taken) == value
 
 
-STUDY = Path(__file__).parents[1] / "recipes" / "study.yaml"
-RECIPES = sorted(set(STUDY.parent.glob("*.yaml")) - {STUDY})
+FOLDER = Path(__file__).parents[1] / "recipes"
+STUDIES = sorted(FOLDER.glob("study*.yaml"))
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 
 
-def test_every_variant_of_our_study_is_a_recipe():
-    jobs = load_study(STUDY).jobs
-    assert {job.recipe.objective for job in jobs} == set(OBJECTIVES)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_variant_of_our_studies_is_a_recipe(path):
+    objectives = {job.recipe.objective for job in load_study(path).jobs}
+    if path.stem == "study":
+        assert objectives == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
