@@ -102,6 +102,8 @@ def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_rec
     assert t3d("study", study, "--plan").stdout.count("complete") == 5
     assert "study: run" not in t3d("study", study).stderr
     shutil.rmtree(runs / "path-seed1")
+    assert t3d("study", study, "--results").code == 0
+    assert "Not run yet: `path` (seed 1)." in (t3d.folder / "results.md").read_text()
     assert t3d("study", study, "--plan").stdout.count("to do") == 1
     process = t3d.start("study", study)
     killed = t3d.stop_when(process, lambda: any((runs / "path-seed1").glob("train/checkpoint-*")))
@@ -110,6 +112,13 @@ def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_rec
     assert done.code == 0, done.stderr
     assert "run 5 of 5, path, seed 1, is complete" in done.stderr
     assert results(t3d.folder)["rows"] == results(studied)["rows"]
+
+
+def test_results_of_nothing_are_refused(t3d, write_recipe):
+    done = t3d("study", write_study(t3d.folder, write_recipe), "--results")
+    assert done.code == 2
+    assert "no run is complete yet" in done.stderr
+    assert not (t3d.folder / "runs").exists()
 
 
 def test_two_processes_share_a_study(t3d, write_recipe, studied):

@@ -99,10 +99,11 @@ def study_command(
     study: Annotated[Path, typer.Argument(help="a YAML file", metavar="STUDY", show_default=False)],
     overrides: OVERRIDES = None,
     plan: Annotated[bool, typer.Option("--plan", help="only list the runs, and which are complete")] = False,
+    results: Annotated[bool, typer.Option("--results", help="only write the results of those that are")] = False,
 ) -> None:
     """Run many variants of a recipe over several seeds and write a table; what is complete is skipped."""
     from t3d.log import to_terminal
-    from t3d.study import load_study, run_study
+    from t3d.study import load_study, run_study, write_study_results
     from t3d.study.runner import complete
 
     to_terminal()
@@ -111,7 +112,12 @@ def study_command(
         for job in loaded.jobs:
             print(f"{'complete' if complete(job) else 'to do   '}  {job.recipe.run_dir}")
         return
-    run_study(loaded)
+    if results:
+        if not any(map(complete, loaded.jobs)):
+            raise T3DError(f"{study}: no run is complete yet; leave out --results to start them")
+        write_study_results(loaded)
+    else:
+        run_study(loaded)
     print(f"results: {Path(loaded.folder) / 'results.md'}")
 
 
