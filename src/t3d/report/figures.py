@@ -6,22 +6,30 @@ from t3d.errors import T3DError
 from t3d.report.charts import Series, front, labelled
 
 COLOURS = ("#2563a8", "#8a8f98", "#c2571a", "#2f8f6b", "#8b5cb5", "#a63a50")  # as in page.css, in the light
+MARKERS = "os^Dv"  # the next one where colours start again
+FEW = 5  # with more series only the best points are labelled, and the legend stands beside
 
 
-def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> list[Path]:
-    """Write STEM.svg and STEM.png, accuracy in percent against tokens per forward; the same input, the same bytes."""
+def save_accuracy_plot(
+    series: list[Series], stem: Path, title: str = "", suffixes: tuple[str, ...] = (".svg", ".png")
+) -> list[Path]:
+    """Write STEM.svg and STEM.png, accuracy in percent against tokens per forward; the same input, the same bytes.
+
+    A series without a name is not in the legend.
+    """
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "t3d", "font.size": 10, "axes.spines.top": False}):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        many = len({s.colour for s in series}) > FEW
+        figure = Figure(figsize=(7.6 if many else 6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.spines["right"].set_visible(False)
         axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
         best, points = front(series), [p for s in series for p in s.points]
         spans = [max(values) - min(values) for values in ([p.x for p in points], [p.y for p in points])]
-        roomy = labelled(series, 0.1 * spans[0], 0.05 * spans[1])
+        roomy = labelled([Series("", 0, best)] if many else series, 0.1 * spans[0], 0.05 * spans[1])
         if len(best) > 1:
             axes.plot([p.x for p in best], [p.y for p in best], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
         for s in series:
@@ -32,9 +40,9 @@ def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> lis
                 [p.y for p in ordered],
                 yerr=errors,
                 color=COLOURS[s.colour % len(COLOURS)],
-                marker="o",
+                marker=MARKERS[s.colour // len(COLOURS) % len(MARKERS)],
                 capsize=2,
-                label=s.name,
+                label=s.name or None,
                 zorder=2,
             )
             for p in (p for p in ordered if p in roomy):
@@ -45,8 +53,8 @@ def save_accuracy_plot(series: list[Series], stem: Path, title: str = "") -> lis
         if title:
             axes.set_title(title, loc="left")
         if series:
-            axes.legend(frameon=False)
-        paths = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
+            axes.legend(frameon=False, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
+        paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
         try:
             for path in paths:
                 metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}

@@ -30,6 +30,11 @@ class Pool:
         return sum(value(row) for row in self.rows.values())
 
     @property
+    def knobs(self) -> dict:
+        """What the strategy was set to beside the number of steps; empty for a fixed number."""
+        return next(iter(self.rows.values()))["knobs"]
+
+    @property
     def n(self) -> int:
         return int(self._sum(lambda row: row["num_verified"]))
 

@@ -97,7 +97,7 @@ def _cell(pool: Pool | None) -> str:
         return "–"
     low, high = pool.ci95
     text = f"{percent(pool.accuracy)} ({percent(low)}–{percent(high)})"
-    return text + (f", {pool.tpf:.2f} TPF" if next(iter(pool.rows.values()))["knobs"] else "")
+    return text + (f", {pool.tpf:.2f} TPF" if pool.knobs else "")
 
 
 def _costs(spent: list[Cost] | None) -> tuple[str, str, str]:
@@ -134,7 +134,7 @@ def _line(*cells: str) -> str:
 
 
 def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
-    """STEM-LABELS.svg and .png for every source of labels; the SVG's path."""
+    """STEM-LABELS.svg for every source of labels. Lines join numbers of steps; a threshold's point stands alone."""
     made = {}
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
         wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]
@@ -142,14 +142,17 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
         names = list(dict.fromkeys(pool.variant for pool in wanted))
         series = []
         for colour, name in enumerate(names):
-            points = [
-                Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
-                for p in wanted
-                if p.variant == name
-            ]
-            series.append(Series(name, colour, points))
+            mine = [p for p in wanted if p.variant == name]
+            steps, others = [p for p in mine if not p.knobs], [p for p in mine if p.knobs]
+            for label, joined in ((name, steps or mine), *(("", [p]) for p in others if steps)):
+                points = [
+                    Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
+                    for p in joined
+                ]
+                series.append(Series(label, colour, points))
         if len(names) > 1:
-            made[known] = save_accuracy_plot(series, stem.with_name(f"{stem.name}-{known.replace(' ', '-')}"))[0]
+            path = stem.with_name(f"{stem.name}-{known.replace(' ', '-')}")
+            made[known] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
     return made
 
 
