@@ -55,7 +55,8 @@ def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint(monkeypatch):
         nfe=NFE(),
         block_size=n,
     )
-    config = T3DConfig(output_dir="unused", objective="mean_field", use_cpu=True, mf_anchor=0.0, random_ratio=0.0)
+    settings = {"objective": "mean_field", "mf_anchor": 0.0, "mf_forward": 0.0, "random_ratio": 0.0}
+    config = T3DConfig(output_dir="unused", use_cpu=True, **settings)
     dataset = StateDataset([trajectory], config, n, mask_id=words, vocabulary=words)
     states = (dataset.states(trajectory, np.random.default_rng(seed)) for seed in itertools.count())
     batch = next(b for s in states if len((b := TrainingBatch(**collate([s], words + 1, n, 1))).select) == n)
@@ -152,8 +153,9 @@ def test_fewer_copies_ask_a_random_part_of_the_positions():
     assert (asked.input_ids == MASK).sum() == len(batch.block.unique())
 
 
-def test_the_loss_is_its_formula():
-    batch, config = make_batch(2, mf_anchor=0.5)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_its_formula(share):
+    batch, config = make_batch(2, mf_anchor=0.5, mf_forward=share)
     batch.labelled[::2] = 1.0
     student, teacher = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():
@@ -169,8 +171,10 @@ def test_the_loss_is_its_formula():
             ids.view(-1)[place] = MASK
             other = teacher(ids, batch.layout.boolean_mask(), batch.position).logits.double().flatten(0, 1)[place]
             other[MASK] = -torch.inf
-            logp = other.log_softmax(-1).clamp(min=-12)
-            terms.append(sum(float(logq[i, v].exp() * (logq[i, v] - logp[v])) for v in range(63)))
+            logp = other.log_softmax(-1)
+            reverse = sum(float(logq[i, v].exp() * (logq[i, v] - logp[v].clamp(min=-12))) for v in range(63))
+            forward = sum(float(logp[v].exp() * (logp[v] - logq[i, v])) for v in range(63))
+            terms.append((1 - share) * reverse + share * forward)
             if batch.labelled[i]:
                 anchor.append(-float(logq[i, batch.target[i]]))
     expected = np.mean(terms) + 0.5 * np.mean(anchor)
@@ -182,14 +186,16 @@ def runner(model, batch):
     return lambda head, other=batch: run(model, other)(head)
 
 
-def test_chunked_terms_have_the_dense_gradient():
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_chunked_terms_have_the_dense_gradient(share):
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
     teacher_hidden, target = torch.randn(5, 8), torch.randint(0, 11, (5,))
-    kl, logp = _terms(hidden, weight, teacher_hidden, weight.detach(), target, 11, -12.0)
+    config = T3DConfig(output_dir="unused", objective="mean_field", use_cpu=True, mf_forward=share, mf_floor=-1e3)
+    kl, logp = _terms(hidden, weight, teacher_hidden, weight.detach(), target, 11, config)
     logq = (hidden @ weight[:11].T).log_softmax(-1)
     other = (teacher_hidden @ weight[:11].detach().T).log_softmax(-1)
-    expected = (logq.exp() * (logq - other)).sum(-1)
+    expected = ((1 - share) * logq.exp() * (logq - other) + share * other.exp() * (other - logq)).sum(-1)
     torch.testing.assert_close(kl, expected)
     both = [
         torch.autograd.grad(x.sum() + y.sum(), (hidden, weight))

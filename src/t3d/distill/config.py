@@ -64,6 +64,9 @@ class T3DConfig(TrainingArguments):
     )
     mf_anchor: float = _help("mean_field: weight of the cross-entropy to the trajectories; 0: none", 0.5)
     mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
+    mf_forward: float = _help(
+        "mean_field: share of forward KL in the divergence, which a student that is surely wrong learns from", 0.3
+    )
     mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
     mf_temperature: float = _help("mean_field: 0 fills masks with the student's argmax; else a sample at it", 0.0)
     on_policy_share: float = _help("mean_field: share of steps in contexts that the student itself decodes", 0.5)
@@ -155,6 +158,7 @@ class T3DConfig(TrainingArguments):
         )
         check(self.soft_top_k >= 0, f"soft_top_k must not be negative, got {self.soft_top_k}")
         check(self.mf_copies >= 0, f"mf_copies must not be negative, got {self.mf_copies}")
+        check(0 <= self.mf_forward <= 1, f"mf_forward must lie in 0..1, got {self.mf_forward}")
         check(self.on_policy_steps, "on_policy_steps must not be empty")
         check(
             0 < self.certainty_mask_ratio < 1,

@@ -7,6 +7,10 @@ REINFORCE, the coordinate identity of mean-field variational inference (Bishop 2
     grad KL(q || p) = sum_{i in M} E_{x_{M\\i} ~ q} [ grad KL(q_i || p(. | state, x_{M\\i})) ]
 
 `p(. | state, x_{M\\i})` is the teacher predicting one masked position among filled ones, a state it knows well.
+
+The reverse KL of a coordinate has next to no gradient where q_i is sure of a token that p rules out: it is q_i(v) times
+something, and q_i(v) is small for the right v. There forward KL has the gradient of a cross-entropy, and where q_i is
+near p the two agree; so a share `mf_forward` of it is mixed in. At 0 the gradient is the identity's.
 """
 
 import torch
@@ -16,11 +20,13 @@ from t3d.distill.config import T3DConfig
 from t3d.distill.data import TrainingBatch, restate
 from t3d.distill.logprobs import WHOLE_CHUNK, choose_tokens, in_chunks, mask_free_logits
 from t3d.distill.objectives.base import Forward, Objective
+from t3d.distill.objectives.soft import kl
 
 
 class MeanField(Objective):
-    """`L = mean_i sum_v q_i(v) (log q_i(v) - max(log p(v | ...), floor)) + mf_anchor * CE to the trajectories`.
+    """`L = mean_i [(1 - w) KL(q_i || p) + w KL(p || q_i)] + mf_anchor * CE to the trajectories`, w = `mf_forward`.
 
+    `p = p(. | state, x_{M\\i})`, its logarithm in KL(q_i || p) at least `mf_floor`.
     The masked positions are filled with the student's own choice (argmax, or a sample at `mf_temperature`); copy `c` of
     a noisy block masks its c-th one again; one teacher forward over all copies gives every conditional.
     """
@@ -38,8 +44,8 @@ class MeanField(Objective):
         teacher_hidden, teacher_weight = reference(
             lambda h, w: (h, w), masked_one_by_one(batch, fill, turn, copies, mask_id)
         )
-        kl, logp = in_chunks(
-            lambda h, t, x: _terms(h, weight, t, teacher_weight, x, mask_id, config.mf_floor),
+        divergence, logp = in_chunks(
+            lambda h, t, x: _terms(h, weight, t, teacher_weight, x, mask_id, config),
             hidden[asked],
             teacher_hidden,
             batch.target[asked],
@@ -47,8 +53,8 @@ class MeanField(Objective):
         )
         labelled = batch.labelled[asked]
         anchor = -(logp * labelled).sum() / labelled.sum().clamp(min=1)
-        metrics = {"loss/kl": kl.detach().mean(), "loss/anchor": anchor.detach()}
-        return kl.mean() + config.mf_anchor * anchor, metrics
+        metrics = {"loss/kl": divergence.detach().mean(), "loss/anchor": anchor.detach()}
+        return divergence.mean() + config.mf_anchor * anchor, metrics
 
 
 def place_in_block(block: Tensor, shuffle: bool = False) -> Tensor:
@@ -76,9 +82,12 @@ def masked_one_by_one(batch: TrainingBatch, fill: Tensor, turn: Tensor, copies: 
     return restate(batch, versions, torch.where(turn < copies, turn, -1))
 
 
-def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, floor: float):
-    """Reverse KL over the whole vocabulary, and log q(target), each `(m,)`."""
+def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, config: T3DConfig):
+    """The divergence over the whole vocabulary, and log q(target), each `(m,)`."""
     logq = mask_free_logits(hidden, weight, mask_id).log_softmax(-1)
-    logp = mask_free_logits(teacher_hidden, teacher_weight, mask_id).log_softmax(-1).clamp(min=floor)
-    kl = logq.exp() * (logq.clamp(min=-1e4) - logp)  # the mask's -inf would make 0 * inf of the gradient
-    return kl.sum(-1), logq.gather(-1, target[:, None]).squeeze(-1)
+    logp = mask_free_logits(teacher_hidden, teacher_weight, mask_id).log_softmax(-1)
+    finite = logq.clamp(min=-1e4)  # the mask's -inf would make 0 * inf of the gradient
+    divergence = (1 - config.mf_forward) * kl(finite, logp.clamp(min=config.mf_floor))
+    if config.mf_forward:
+        divergence = divergence + config.mf_forward * kl(logp.clamp(min=-1e4), finite)
+    return divergence, logq.gather(-1, target[:, None]).squeeze(-1)
