@@ -30,7 +30,8 @@ def test_qwen3_to_block_diffusion_to_a_student(t3d, write_recipe):
     assert done.code == 0, done.stderr
     student, tokenizer = load_model(t3d.folder / "runs/recipe/student", device="cpu")
     assert student.config.mask_token_id == tokenizer.mask_token_id
-    refused(t3d("convert", "bd", "again"), "cannot be converted")
+    done = t3d("convert", "runs/recipe/student", "b8", "--block-size", "8")
+    assert done.stdout.startswith("b8: sdar, blocks of 8, mask token"), done
     refused(t3d("run", recipe, "model.path=ar", "--force"), "t3d convert")
 
 
