@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from t3d.config import OWNED, SECTIONS, describe, keys, load_recipe
 from t3d.distill.objectives import OBJECTIVES
 from t3d.errors import T3DError
+from t3d.pipeline.settings import differences
 from t3d.study import load_study
 
 
@@ -192,3 +193,13 @@ def test_every_recipe_of_ours_is_one(path, tmp_path):
         assert (train["alpha"], train["beta"], train["path_lambda"], train["path_k"]) == (0.5, 0.1, 0.2, 4)
         assert (train["mask_exponent"], train["round_interval"], train["learning_rate"]) == (8, 10, 1e-5)
         assert (train["lr_scheduler_type"], found.rollout.temperature) == ("cosine_with_min_lr", 0.1)
+
+
+def test_a_key_that_a_record_lacks_means_what_versions_without_it_did():
+    recipe = {"train.objective": "mean_field", "train.mf_forward": 0.3, "train.mf_anchor": 0.5, "eval.steps": [4]}
+    old = {name: value for name, value in recipe.items() if name not in ("train.mf_forward", "eval.steps")}
+    assert list(differences(old, recipe)) == [("train.mf_forward", 0.0, 0.3)]
+    assert list(differences(old, recipe | {"train.mf_forward": 0.0})) == []
+    del old["train.mf_anchor"]  # its default is what went without saying
+    assert list(differences(old, recipe | {"train.mf_forward": 0.0})) == []
+    assert list(differences(recipe | {"train.weight_decay": 0.1}, recipe)) == [("train.weight_decay", 0.1, 0.0)]

@@ -170,6 +170,7 @@ class Key:
     default: Any  # plain, as in YAML
     help: str
     own: bool = True  # False: inherited from transformers' TrainingArguments
+    before: Any = None  # what versions without this key did, plain
 
     @property
     def dotted(self) -> str:
@@ -205,7 +206,8 @@ def keys(section: str = "") -> dict[str, Key]:
         default = TypeAdapter(Any).dump_python(None if default is dataclasses.MISSING else default, mode="json")
         own = f.name not in inherited or f.name in T3DConfig.__annotations__
         text = " ".join(str(f.metadata.get("help", "")).split())
-        found.append(Key(section, f.name, hints[f.name], default, text, own))
+        before = f.metadata.get("before", default)
+        found.append(Key(section, f.name, hints[f.name], default, text, own, before))
     return {key.name: key for key in sorted(found, key=lambda key: (key.name in inherited, not key.own))}
 
 

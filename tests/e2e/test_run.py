@@ -144,7 +144,7 @@ def test_a_changed_recipe_is_refused_until_forced(t3d, write_recipe, finished):
         assert len(done.stderr.splitlines()) == 1
     same(run, finished[0])
     before = trajectories(run)
-    neutral = ("train.logging_steps=2", "engine.max_batch_size=5", "report.title=Other")
+    neutral = ("train.logging_steps=2", "train.tad_near=2", "engine.max_batch_size=5", "report.title=Other")
     assert "train: complete, skipped" in t3d("run", recipe, *neutral).stderr
     done = t3d("train", recipe, "train.learning_rate=2e-3", "--force")
     assert done.code == 0, done.stderr

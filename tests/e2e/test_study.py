@@ -121,6 +121,14 @@ def test_results_of_nothing_are_refused(t3d, write_recipe):
     assert not (t3d.folder / "runs").exists()
 
 
+def test_settings_that_do_not_fit_the_model_are_refused_before_any_rollout(t3d, write_recipe):
+    done = t3d("study", write_study(t3d.folder, write_recipe), "eval.steps=[5]")
+    assert done.code == 2
+    assert "steps = 5 is more than block_size = 4" in done.stderr
+    assert "5 of 5 runs failed" in done.stderr.splitlines()[-1]
+    assert not (t3d.folder / "runs").exists()
+
+
 def test_two_processes_share_a_study(t3d, write_recipe, studied):
     study = write_study(t3d.folder, write_recipe)
     first = t3d.start("study", study)

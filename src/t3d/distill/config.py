@@ -10,8 +10,9 @@ from t3d.errors import T3DError, nearest
 SPLITS = ("dev", "train", "test")
 
 
-def _help(text: str, default):
-    return field(default=default, metadata={"help": text})
+def _help(text: str, default, **metadata):
+    """before: what versions without this key did, where that is not its default."""
+    return field(default=default, metadata={"help": text} | metadata)
 
 
 @dataclass
@@ -65,7 +66,9 @@ class T3DConfig(TrainingArguments):
     mf_anchor: float = _help("mean_field: weight of the cross-entropy to the trajectories; 0: none", 0.5)
     mf_copies: int = _help("mean_field: teacher copies of each block per step; 0: one for every masked position", 0)
     mf_forward: float = _help(
-        "mean_field: share of forward KL in the divergence, which a student that is surely wrong learns from", 0.3
+        "mean_field: share of forward KL in the divergence, which a student that is surely wrong learns from",
+        0.3,
+        before=0.0,
     )
     mf_floor: float = _help("mean_field: least teacher log-probability that counts", -12.0)
     mf_temperature: float = _help("mean_field: 0 fills masks with the student's argmax; else a sample at it", 0.0)

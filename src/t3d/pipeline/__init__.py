@@ -14,7 +14,7 @@ from t3d.pipeline.rollout import check_rollout, rollout
 from t3d.pipeline.train import check_training, train
 from t3d.report import write_report
 
-__all__ = ["STAGES", "RunFolder", "run_stages", "to_terminal"]
+__all__ = ["STAGES", "RunFolder", "check_stages", "run_stages", "to_terminal"]
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -47,6 +47,13 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
         raise
     processes.tell(False)
     return run
+
+
+def check_stages(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """What `run_stages` looks at before it writes anything, of these stages; raises T3DError."""
+    inputs = Inputs(recipe)
+    for stage in stages:
+        CHECKS[stage](recipe, inputs)
 
 
 def follow(recipe: Recipe, processes: Processes) -> RunFolder:

@@ -15,7 +15,7 @@ from t3d.config import Recipe
 from t3d.disk import write_whole
 from t3d.errors import InUseError, T3DError
 from t3d.log import log, to_file
-from t3d.pipeline.settings import GROWING, default, settings
+from t3d.pipeline.settings import differences, settings
 from t3d.pipeline.versions import versions
 
 STAGES = ("rollout", "train", "eval", "report")
@@ -109,13 +109,11 @@ class RunFolder:
             return
         old = record["settings"]
         new = settings(recipe, stage, student="train.objective" in old)
-        for key in sorted((old.keys() | new.keys()) - GROWING):
-            before, now = (found.get(key, default(key)) for found in (old, new))
-            if before != now:
-                raise T3DError(
-                    f"{self.path}: the {stage} stage was run with {key} = {before!r}, not {now!r}; "
-                    "add --force to do it again, or choose another run_dir"
-                )
+        for key, before, now in differences(old, new):
+            raise T3DError(
+                f"{self.path}: the {stage} stage was run with {key} = {before!r}, not {now!r}; "
+                "add --force to do it again, or choose another run_dir"
+            )
 
     def changed(self, stage: str, recipe: Recipe) -> bool:
         """Whether a stage that passed `check` was begun with a smaller or larger grid, or without the student."""

@@ -1,6 +1,10 @@
 """Which keys of a recipe the result of a stage depends on."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from t3d.config import SECTIONS, Recipe, keys
+from t3d.distill.objectives import OBJECTIVES
 
 # Keys that change neither the trajectories nor the student nor the rows: prefixes of dotted names.
 NEUTRAL = (
@@ -58,7 +62,9 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     ignored = NEUTRAL + LATER[stage]
     if not student and stage == "eval":
         ignored += ("rollout.", "train.", "task.num_train")
-    if recipe.train["objective"] == "sft":
+    mine = OBJECTIVES[recipe.objective].keys if recipe.objective in OBJECTIVES else ()  # training says what is wrong
+    ignored += tuple(f"train.{prefix}" for other in OBJECTIVES.values() for prefix in other.keys if prefix not in mine)
+    if recipe.objective == "sft":
         ignored += ("rollout.",)
     flat = {}
     for name, value in recipe.to_dict().items():
@@ -66,9 +72,15 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     return {key: value for key, value in flat.items() if not key.startswith(ignored)}
 
 
-def default(dotted: str):
-    """The default of a key, `section.key` or `key`: what a recipe or a record says that does not name it, such as one
-    of a version that did not have it."""
-    section, _, name = dotted.rpartition(".")
-    key = keys(section).get(name) if section in ("", *SECTIONS) else None
-    return key and key.default
+def differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) of what differs between a record's settings and a recipe's, but for what may grow.
+
+    A key that the record lacks is one of a later version, and means what versions without it did; what a recipe lacks
+    is at its default.
+    """
+    for dotted in sorted((old.keys() | new.keys()) - GROWING):
+        section, _, name = dotted.rpartition(".")
+        key = keys(section).get(name) if section in ("", *SECTIONS) else None
+        before, now = old.get(dotted, key and key.before), new.get(dotted, key and key.default)
+        if before != now:
+            yield dotted, before, now

@@ -4,7 +4,7 @@ import time
 
 from t3d.errors import InUseError, T3DError
 from t3d.log import log
-from t3d.pipeline import RunFolder, run_stages
+from t3d.pipeline import RunFolder, check_stages, run_stages
 from t3d.study.config import Job, Study
 from t3d.study.results import write_study_results
 
@@ -27,7 +27,8 @@ def run_study(study: Study) -> None:
             if complete(job):
                 continue
             try:
-                if job.rollout is not None:
+                if job.rollout is not None and not RunFolder(job.rollout.run_dir).complete("rollout"):
+                    check_stages(job.recipe, ("train", "eval"))  # it may be wrong in what comes after hours of decoding
                     run_stages(job.rollout, ("rollout",))
                 run_stages(job.recipe)
                 log.info("study: run %d of %d, %s, seed %d, is complete", number, total, job.variant, job.seed)

@@ -23,6 +23,7 @@ class Objective:
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
     unit = "token"  # what the loss is a mean over: supervised "token"s, noisy "block"s or "sequence"s
+    keys: tuple[str, ...] = ()  # how settings begin that are nothing to objectives which do not name them here
     round_interval = 0  # after how many optimizer steps the reference becomes the student, unless told; 0: never
 
     def states(

@@ -29,6 +29,7 @@ class Consistency(Objective):
     """
 
     needs_reference = True
+    keys = ("cdlm_",)
     beyond_length = True  # the states in which tokens were committed show what stands behind the stop, too
 
     def states(self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0):

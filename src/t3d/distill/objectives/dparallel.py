@@ -21,6 +21,7 @@ class DParallel(Objective):
     being clean before it and wholly masked behind it, block diffusion has them all at once.
     """
 
+    keys = ("certainty_",)
     certain_parts = (0, 1)  # the parts that the entropy is taken over
 
     def states(self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0):

@@ -34,6 +34,7 @@ class MeanField(Objective):
     needs_reference = True
     beyond_length = True  # the teacher's conditionals need no labels, so what follows the stop is learned too
     on_policy = True
+    keys = ("mf_", "on_policy_")
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
         hidden, weight = student(lambda h, w: (h, w))
@@ -44,7 +45,7 @@ class MeanField(Objective):
         teacher_hidden, teacher_weight = reference(
             lambda h, w: (h, w), masked_one_by_one(batch, fill, turn, copies, mask_id)
         )
-        divergence, logp = in_chunks(
+        divergence, logq = in_chunks(
             lambda h, t, x: _terms(h, weight, t, teacher_weight, x, mask_id, config),
             hidden[asked],
             teacher_hidden,
@@ -52,7 +53,7 @@ class MeanField(Objective):
             chunk=WHOLE_CHUNK,
         )
         labelled = batch.labelled[asked]
-        anchor = -(logp * labelled).sum() / labelled.sum().clamp(min=1)
+        anchor = -(logq * labelled).sum() / labelled.sum().clamp(min=1)
         metrics = {"loss/kl": divergence.detach().mean(), "loss/anchor": anchor.detach()}
         return divergence.mean() + config.mf_anchor * anchor, metrics
 

@@ -21,6 +21,7 @@ class PseudoTrajectory(DParallel):
     the window; here the window's own order decides, so that the ratio is kept. Their common factor 1/4 is left out.
     """
 
+    keys = ("certainty_", "pt_")
     certain_parts = (0,)
 
     def states(self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0):

@@ -19,6 +19,7 @@ class Soft(Objective):
     """
 
     needs_reference = True
+    keys = ("soft_",)
     beyond_length = True  # no label is needed, and the states of commitment show what stands behind the stop, too
 
     def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):

@@ -24,6 +24,7 @@ class TAD(Objective):
     """
 
     needs_reference = True
+    keys = ("tad_",)
 
     def states(self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0):
         index, place, steps = step_index(response.block, response.step)
