@@ -84,6 +84,8 @@ class RolloutConfig(DecodingConfig):
 
     temperature: float = _help("0 is greedy", default=0.1)
     seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
+    retries: int = _help("ask the prompts again, this many times each, of which no answer was correct", default=0)
+    retry_temperature: float = _help("of those answers", default=1.0)
     save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
     source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
 
@@ -91,6 +93,10 @@ class RolloutConfig(DecodingConfig):
         super().__post_init__()
         if self.save_every < 1:
             raise T3DError(f"save_every must be at least 1, got {self.save_every}")
+        if self.retries < 0:
+            raise T3DError(f"retries must not be negative, got {self.retries}")
+        if not self.retry_temperature > 0:
+            raise T3DError(f"retry_temperature must be above 0, got {self.retry_temperature}; greedy answers are alike")
 
     def decoding(self, seed: int) -> DecodingConfig:
         """The decoding settings alone; `seed` is the recipe's."""

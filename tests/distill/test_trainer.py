@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -199,6 +200,26 @@ def test_filters_count_what_they_drop(tmp_path):
         trajectory.correct = False
     with pytest.raises(T3DError, match=r"no trajectory is left.*6 not verified correct"):
         T3DTrainer(make_model(), config(tmp_path, verified_only=True), data)
+
+
+def test_the_easy_share_keeps_every_prompt_that_was_answered_wrongly(tmp_path):
+    data = [t for t in trajectories(40) for _ in range(2)]
+    data = [replace(t, prompt_id=f"p{i // 2}", sample=i % 2, correct=i % 8 != 0) for i, t in enumerate(data)]
+    hard = {t.prompt_id for t in data if not t.correct}
+
+    def kept(**settings) -> list[tuple[str, int]]:
+        states = T3DTrainer(make_model(), config(tmp_path, verified_only=True, **settings), data).train_dataset
+        assert len(states) + sum(states.dropped.values()) == len(data)
+        return [(t.prompt_id, t.sample) for t in map(states.trajectory, range(len(states)))]
+
+    none, some = kept(easy_share=0.0), kept(easy_share=0.5)
+    assert {prompt_id for prompt_id, _ in none} == hard
+    assert len(none) == len(hard)  # their other samples, which are correct
+    easy = [key for key in some if key[0] not in hard]
+    assert 0 < len(easy) < 2 * (40 - len(hard))
+    assert all((prompt_id, 1 - sample) in easy for prompt_id, sample in easy)  # all of a prompt, or nothing
+    assert some == kept(easy_share=0.5) != kept(easy_share=0.5, seed=1)
+    assert set(none) < set(some) < set(kept())
 
 
 @pytest.mark.parametrize(

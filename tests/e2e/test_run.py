@@ -190,6 +190,37 @@ def test_several_samples_of_every_prompt(t3d, write_recipe):
     assert len({tuple(t.response_ids) for t in found}) == 9
 
 
+def test_only_prompts_without_a_correct_answer_are_asked_again(t3d, write_recipe):
+    recipe = write_recipe(
+        t3d.folder,
+        model={"path": None},
+        task={"num_train": 24},
+        rollout={"n": 2, "steps": 1, "temperature": 0.5, "retries": 3, "max_tokens": 96},
+    )
+    done = t3d("rollout", recipe)
+    assert done.code == 0, done.stderr
+    of = {}
+    for t in trajectories(t3d.folder / "runs" / "recipe"):
+        of.setdefault(t.prompt_id, []).append(t)
+    again = {prompt_id for prompt_id, found in of.items() if not any(t.correct for t in found[:2])}
+    assert 0 < len(again) < 24 == len(of)
+    assert f"{len(again)} prompts without a correct answer are asked again" in done.stderr
+    for prompt_id, found in of.items():
+        assert [t.sample for t in found] == list(range(5 if prompt_id in again else 2))
+        assert len({t.seed for t in found}) == len(found)
+
+
+def test_retries_continue_after_a_kill(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder, rollout={"retries": 2})
+    assert t3d("rollout", recipe, "run_dir=whole").code == 0
+    found = trajectories(t3d.folder / "whole")
+    assert len(found) == 3 * 40  # nothing that random weights say is correct
+    assert len({tuple(t.response_ids) for t in found}) > 40
+    t3d.stop_when(t3d.start("rollout", recipe), begun(t3d.folder / "runs" / "recipe", "rollout/shard-00007.parquet"))
+    assert t3d("rollout", recipe).code == 0
+    assert_same_trajectories(t3d.folder / "runs" / "recipe", t3d.folder / "whole")
+
+
 def test_a_teacher_from_random_weights_and_ground_truth(t3d, write_recipe):
     architecture = {
         "hidden_size": 16,

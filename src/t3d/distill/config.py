@@ -84,6 +84,9 @@ class T3DConfig(TrainingArguments):
     )
     soft_top_k: int = _help("soft: compare only the reference's k likeliest tokens; 0: all", 0)
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
+    easy_share: float = _help(
+        "keep this share of the prompts that were never answered wrongly, so that the others count more; 1: all", 1.0
+    )
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
     recompute: str = _help(
         "computed again in the backward pass: 'cheap' (all but products and attention), 'nothing', or 'auto', 'cheap' "
@@ -152,6 +155,7 @@ class T3DConfig(TrainingArguments):
             f"ddo_reduction is 'mean' or 'sum', got {self.ddo_reduction!r}",
         )
         check(0 <= self.random_ratio <= 1, f"random_ratio must lie in 0..1, got {self.random_ratio}")
+        check(0 <= self.easy_share <= 1, f"easy_share must lie in 0..1, got {self.easy_share}")
         check(0 <= self.on_policy_share <= 1, f"on_policy_share must lie in 0..1, got {self.on_policy_share}")
         kinds = ("forward", "reverse", "js")
         check(self.soft_divergence in kinds, f"soft_divergence is one of {kinds}, got {self.soft_divergence!r}")

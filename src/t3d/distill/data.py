@@ -1,5 +1,6 @@
 """From trajectories to training batches: `[clean tokens | noisy copies of the blocks that hold response tokens]`."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -89,16 +90,20 @@ class StateDataset(Dataset):
     def _filter(self) -> tuple[Sequence[int], dict[str, int]]:
         given = range(len(self.trajectories))
         kept, dropped = given, {}
-        if self.config.verified_only or self.config.drop_truncated or self.config.max_length:
-            kept, dropped = [], {"not verified correct": 0, "cut at max_tokens": 0, "too long": 0}
+        config = self.config
+        if config.verified_only or config.easy_share < 1 or config.drop_truncated or config.max_length:
+            kept, dropped = [], {"not verified correct": 0, "of easy prompts": 0, "cut at max_tokens": 0, "too long": 0}
+            hard = {t.prompt_id for t in self.trajectories if t.correct is False} if config.easy_share < 1 else ()
             for i in given:
                 trajectory = self.trajectories[i]
                 tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
-                if self.config.verified_only and not trajectory.correct:
+                if config.verified_only and not trajectory.correct:
                     dropped["not verified correct"] += 1
-                elif self.config.drop_truncated and trajectory.finish_reason == "length":
+                elif config.easy_share < 1 and trajectory.prompt_id not in hard and not self._drawn(trajectory):
+                    dropped["of easy prompts"] += 1
+                elif config.drop_truncated and trajectory.finish_reason == "length":
                     dropped["cut at max_tokens"] += 1
-                elif self.config.max_length and tokens > self.config.max_length:
+                elif config.max_length and tokens > config.max_length:
                     dropped["too long"] += 1
                 else:
                     kept.append(i)
@@ -106,6 +111,11 @@ class StateDataset(Dataset):
             reasons = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "there are none"
             raise T3DError(f"no trajectory is left to train on: {reasons}")
         return kept, dropped
+
+    def _drawn(self, trajectory: Trajectory) -> bool:
+        """Whether the trajectory's prompt is in the `easy_share`, which is the same for all of its samples."""
+        digest = hashlib.sha256(f"{self.config.seed}/{trajectory.prompt_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") < self.config.easy_share * 2**64
 
     def trajectory(self, item: int) -> Trajectory:
         trajectory = self.trajectories[self.kept[item]]

@@ -2,11 +2,13 @@
 
 import hashlib
 from contextlib import closing
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from t3d.answers import JUDGED_TOGETHER, Job, answers
 from t3d.config import Recipe
+from t3d.decoding import DecodingConfig
 from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.log import log
@@ -33,14 +35,19 @@ def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
 
 
-def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0) -> list[Job]:
-    """Every response of the rollout, in order; other seeds in every round."""
+def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0, again: set[str] | None = None) -> list[Job]:
+    """Every response of the rollout, in order; other seeds in every round.
+
+    again: ids of problems; then it is their retries, whose samples are numbered after the others.
+    """
     decoding = recipe.rollout.decoding(recipe.seed)
     base = f"{decoding.seed}/round{number}" if number else decoding.seed
+    samples = range(decoding.n) if again is None else range(decoding.n, decoding.n + recipe.rollout.retries)
     return [
         Job(problem, prompt, sample, sequence_seed(base, problem.id, sample))
         for problem, prompt in zip(inputs.train_problems, inputs.train_prompts, strict=True)
-        for sample in range(decoding.n)
+        if again is None or problem.id in again
+        for sample in samples
     ]
 
 
@@ -68,17 +75,38 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
         closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
         TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,
     ):
-        done = writer.done()
-        todo = [job for job in work if job.key not in done]
-        together = min(JUDGED_TOGETHER, recipe.rollout.save_every)
-        with tqdm(total=len(work), initial=len(done), desc="rollout", unit="seq", disable=None) as bar:
-            for group in answers(engine, todo, recipe.rollout.decoding(recipe.seed), inputs.task, together):
-                for answer in group:
-                    writer.write(answer.trajectory)
-                writer.flush_if_due()
-                bar.update(len(group))
-                bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
+        decoding = recipe.rollout.decoding(recipe.seed)
+        _decode(engine, work, decoding, inputs, writer, recipe.rollout.save_every)
+        if recipe.rollout.retries:
+            writer.flush()
+            hard = unsolved(TrajectoryDataset(folder), decoding.n)
+            log.info("rollout: %d prompts without a correct answer are asked again", len(hard))
+            work = rollout_jobs(recipe, inputs, number, hard)
+            decoding = replace(decoding, temperature=recipe.rollout.retry_temperature)
+            _decode(engine, work, decoding, inputs, writer, recipe.rollout.save_every)
     _say(TrajectoryDataset(folder))
+
+
+def unsolved(found: TrajectoryDataset, n: int) -> set[str]:
+    """Ids of the prompts whose first `n` samples were all verified and none was correct."""
+    verdicts: dict[str, list[bool | None]] = {}
+    for (prompt_id, sample), correct in zip(found.keys(), found.column("correct"), strict=True):
+        if sample < n:
+            verdicts.setdefault(prompt_id, []).append(correct)
+    return {prompt_id for prompt_id, values in verdicts.items() if all(value is False for value in values)}
+
+
+def _decode(engine, jobs: list[Job], decoding: DecodingConfig, inputs: Inputs, writer: TrajectoryWriter, every: int):
+    """Write the answers that the writer does not have."""
+    done = writer.done()
+    todo = [job for job in jobs if job.key not in done]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="rollout", unit="seq", disable=None) as bar:
+        for group in answers(engine, todo, decoding, inputs.task, min(JUDGED_TOGETHER, every)):
+            for answer in group:
+                writer.write(answer.trajectory)
+            writer.flush_if_due()
+            bar.update(len(group))
+            bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
 
 
 def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:

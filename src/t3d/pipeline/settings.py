@@ -66,6 +66,8 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     ignored += tuple(f"train.{prefix}" for other in OBJECTIVES.values() for prefix in other.keys if prefix not in mine)
     if recipe.objective == "sft":
         ignored += ("rollout.",)
+    if not recipe.rollout.retries:
+        ignored += ("rollout.retr",)  # the runs of versions that knew none keep their names in a study
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
