@@ -291,6 +291,63 @@ def test_an_offloaded_reference_changes_nothing(tmp_path, tie):
             assert torch.equal(weight, other[name]), name
 
 
+@pytest.mark.parametrize("more", [{}, {"reference_temperature": 1.0}, {"reference_offload": True}, {"lora_rank": 2}])
+def test_a_cached_reference_is_asked_once_and_changes_nothing(tmp_path, more):
+    settings = {"round_interval": 0, "reference_cache": str(tmp_path / "values"), **more}
+
+    def trained(folder: str, resume=None, **other) -> tuple[dict, int]:
+        torch.manual_seed(0)  # an adapter starts at random
+        trainer = T3DTrainer(make_model(), config(tmp_path / folder, **settings | other), trajectories())
+        asked, reference = [], trainer.reference.active
+        trainer.reference.active = lambda model: asked.append(model) or reference(model)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model), len(asked)
+
+    def same(a: dict, b: dict) -> bool:
+        return all(torch.equal(weight, b[name]) for name, weight in a.items())
+
+    first, asked = trained("first")
+    assert asked == 8 == len(list(tmp_path.glob("values/*/*.safetensors")))
+    again, asked = trained("again")
+    assert asked == 0
+    assert same(first, again)
+    if not more.get("reference_temperature"):  # there the cache holds one sample, and another run draws others
+        assert same(first, trained("without", reference_cache=None)[0])
+    other, asked = trained("other", beta=2.0)
+    assert asked == 0
+    assert not same(first, other)
+    assert trained("seed", seed=6)[1] == 8
+    resumed, asked = trained("first", resume=str(tmp_path / "first" / "checkpoint-4"))
+    assert asked == 0
+    assert same(first, resumed)
+
+
+def test_a_cache_knows_whose_values_it_holds_and_says_what_is_damaged(tmp_path):
+    settings = {"round_interval": 0, "reference_cache": str(tmp_path / "values"), "max_steps": 2}
+
+    def train(model, folder: str):
+        T3DTrainer(model, config(tmp_path / folder, **settings), trajectories()).train()
+
+    train(make_model(), "one")
+    files = sorted(tmp_path.glob("values/*/*.safetensors"))
+    other = make_model()
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.1)
+    train(other, "two")
+    assert len(list(tmp_path.glob("values/*/*.safetensors"))) == 2 * len(files)
+    files[0].write_bytes(files[0].read_bytes()[:20])
+    with pytest.raises(T3DError, match=rf"reference_cache: .*{files[0].name}.*remove it"):
+        train(make_model(), "three")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"objective": "mean_field"}, {"objective": "path"}, {"objective": "t3d", "round_interval": 10}]
+)
+def test_a_reference_that_changes_is_not_cached(tmp_path, settings):
+    with pytest.raises(T3DError, match="reference_cache needs a reference that stays as it is"):
+        config(tmp_path, **{"round_interval": 0} | settings, reference_cache=str(tmp_path))
+
+
 def test_every_metric_is_logged_and_reported(tmp_path):
     trainer = T3DTrainer(make_model(), config(tmp_path, max_steps=4, logging_steps=2, save_steps=100), trajectories())
     seen = []

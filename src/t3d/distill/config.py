@@ -34,6 +34,11 @@ class T3DConfig(TrainingArguments):
     )
     reference_ema: float = _help("a round keeps this share of the reference's weights; 0: it becomes the student", 0.0)
     reference_offload: bool = _help("keep the reference on the CPU and bring each layer for its forward", False)
+    reference_cache: str | None = _help(
+        "t3d, ddo with round_interval=0: a folder for what the reference says of each micro-batch; runs with the same "
+        "states, e.g. with another beta or learning rate, read it there",
+        None,
+    )
     rollout_rounds: int = _help(
         "1: learn from the teacher's rollouts; K: after each K-th of the steps the student rolls out anew", 1
     )
@@ -194,6 +199,11 @@ class T3DConfig(TrainingArguments):
         check(0 <= self.reference_ema < 1, f"reference_ema must lie in 0..1, below 1, got {self.reference_ema}")
         check(
             not self.reference_ema or self.round_interval, "reference_ema needs rounds: set round_interval, e.g. to 1"
+        )
+        check(
+            not self.reference_cache or (OBJECTIVES[self.objective].lasting_reference and not self.round_interval),
+            "reference_cache needs a reference that stays as it is and is asked of the trajectories alone: objective "
+            "t3d or ddo, and round_interval=0",
         )
         check(self.rollout_rounds >= 1, f"rollout_rounds must be at least 1, got {self.rollout_rounds}")
         for name in ("lora_rank", "lora_alpha", "lora_dropout", "eval_every"):

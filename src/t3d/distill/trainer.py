@@ -27,12 +27,13 @@ from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
 from t3d.distill.recompute import recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
+from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
 from t3d.distill.sharding import Sharding
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, save_model
-from t3d.trajectories.fingerprint import check_tokenizer
+from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
 
 ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
 
@@ -71,6 +72,11 @@ class T3DTrainer(Trainer):
             min(vocabulary, model.config.vocab_size),
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+        self._values: ReferenceValues | None = None
+        if args.reference_cache:
+            made_by = model_fingerprint(model if reference is None else reference)
+            settings = (args.reference_temperature, args.bf16, args.fp16, self.mask_id)
+            self._values = ReferenceValues(args.reference_cache, made_by, *settings)
         if args.lora_rank and not hasattr(model, "peft_config"):
             model = add_adapter(model, args)
         if args.compile_layers:
@@ -128,6 +134,11 @@ class T3DTrainer(Trainer):
         args = self.args
         if given is None and hasattr(self.model, "peft_config"):
             return AdapterReference(self.model, self.sharding, own_adapter=args.round_interval > 0)
+        if args.reference_cache and self.sharding.sharded:
+            raise T3DError(
+                "train.reference_cache is for a reference that is whole on every GPU: in shards all must ask it "
+                "whenever one must"
+            )
         if args.reference_offload and self.sharding.sharded:
             raise T3DError(
                 "train.reference_offload is for a reference that is whole on every GPU; here it is sharded, and its "
@@ -230,8 +241,11 @@ class T3DTrainer(Trainer):
             return forward(model, self._watched(head, batch) if self._is_logged() else head)
 
         def reference(head, *other):
-            with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
-                return forward(network, head, *other)
+            def ask():
+                with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
+                    return forward(network, head, *other)
+
+            return self._values.get(batch, ask) if self._values is not None else ask()
 
         if len(batch.select):
             loss, metrics = self.objective.loss(batch, student, reference, self.args, self.mask_id)

@@ -22,6 +22,7 @@ NEUTRAL = (
     "train.report_to",
     "train.run_name",
     "train.disable_tqdm",
+    "train.reference_cache",
     "train.dataloader_num_workers",
     "train.dataloader_pin_memory",
     "train.dataloader_prefetch_factor",

@@ -20,6 +20,7 @@ class Objective:
     """How states are drawn, and the loss on them."""
 
     needs_reference = False
+    lasting_reference = False  # whether a fixed reference's values are few, and the same whatever the student does
     beyond_length = False  # whether the tokens behind the stop, which nobody reads, are supervised
     on_policy = False  # whether it learns in contexts that the student itself decodes, too
     unit = "token"  # what the loss is a mean over: supervised "token"s, noisy "block"s or "sequence"s

@@ -20,6 +20,7 @@ class DDO(Objective):
     """
 
     needs_reference = True
+    lasting_reference = True
     unit = "sequence"
     round_interval = 10
 
