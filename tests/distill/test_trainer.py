@@ -228,6 +228,7 @@ def test_the_easy_share_keeps_every_prompt_that_was_answered_wrongly(tmp_path):
         ({"objective": "t3dd"}, "did you mean 't3d'"),
         ({"order": "backwards"}, "order is one of"),
         ({"random_ratio": 2.0}, "random_ratio"),
+        ({"easy_share": 1.5}, "easy_share must lie in 0..1"),
         ({"ddo_reduction": "max"}, "ddo_reduction"),
         ({"soft_state": "later"}, "soft_state is"),
         ({"recompute": "all"}, "recompute is one of"),
