@@ -91,7 +91,7 @@ WRONG = {
     "rollout: {top_p: 2}": "rollout: top_p must lie in (0, 1], got 2.0",
     "rollout: {save_every: 0}": "rollout: save_every must be at least 1",
     "rollout: {retries: -1}": "rollout: retries must not be negative",
-    "rollout: {retry_temperature: 0}": "rollout: retry_temperature must be above 0, got 0; greedy answers are alike",
+    "rollout: {retry_temperature: 0}": "rollout: retry_temperature must be above 0, got 0.0; greedy answers are alike",
     "engine: {max_batch_size: 0}": "engine: max_batch_size must be at least 1",
     "run_dir: ${nowhere}": "run_dir",
     "model:\n  path: ???": "model.path is left open (???)",
