@@ -50,6 +50,7 @@ def save_accuracy_plot(
         axes.set_xlabel("tokens per forward")
         axes.set_ylabel("accuracy (%)")
         axes.set_ylim(top=102)
+        axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= 100])
         if title:
             axes.set_title(title, loc="left")
         if series:
