@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,11 +31,11 @@ class ReferenceValues:
             T3DError: if a file cannot be read or written.
         """
         path = self._path(batch)
+        values = None if path.exists() else ask()
         try:
-            if path.exists():
+            if values is None:
                 found = load_file(path, device=str(batch.input_ids.device))
                 return tuple(found[str(i)] for i in range(len(found)))
-            values = ask()
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             save_file({str(i): value.contiguous() for i, value in enumerate(values)}, temporary)
@@ -48,7 +47,7 @@ class ReferenceValues:
     def _path(self, batch: TrainingBatch) -> Path:
         digest = hashlib.sha256(self.made_with)
         for name in INPUT:
-            value: torch.Tensor = getattr(batch, name)
+            value: Tensor = getattr(batch, name)
             digest.update(f"{name}{tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
         name = digest.hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.safetensors"
