@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from t3d.disk import locked
 from t3d.errors import T3DError
 from t3d.evaluation.rows import percent
 from t3d.evaluation.summary import write_whole
@@ -21,10 +22,20 @@ def write_study_results(study: Study) -> None:
     Raises:
         T3DError: if a file cannot be written, or the document that `results` names has no marks.
     """
+    folder = Path(study.folder)
+    document = None if study.results is None else study.path.parent / study.results
+    shared = folder if document is None else document.parent  # by processes of this study, and studies of this document
+    if folder.exists() and shared.exists():
+        with locked(shared):
+            _write(study, folder)
+    else:
+        _write(study, folder)
+
+
+def _write(study: Study, folder: Path) -> None:
     found = pools(study)
     if not found:
         return
-    folder = Path(study.folder)
     spent = costs(study)
     pairs = list(comparisons(study, found))
     write_whole(folder / "results.json", json.dumps(_plain(found, spent, pairs), indent=1, ensure_ascii=False) + "\n")
