@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from t3d.disk import locked
@@ -25,14 +26,11 @@ def write_study_results(study: Study) -> None:
     folder = Path(study.folder)
     document = None if study.results is None else study.path.parent / study.results
     shared = folder if document is None else document.parent  # by processes of this study, and studies of this document
-    if folder.exists() and shared.exists():
-        with locked(shared):
-            _write(study, folder)
-    else:
-        _write(study, folder)
+    with locked(shared) if shared.exists() else nullcontext():
+        _write(study, folder, document)
 
 
-def _write(study: Study, folder: Path) -> None:
+def _write(study: Study, folder: Path, document: Path | None) -> None:
     found = pools(study)
     if not found:
         return
@@ -40,12 +38,11 @@ def _write(study: Study, folder: Path) -> None:
     pairs = list(comparisons(study, found))
     write_whole(folder / "results.json", json.dumps(_plain(found, spent, pairs), indent=1, ensure_ascii=False) + "\n")
     write_whole(folder / "results.md", _markdown(study, found, spent, pairs, _plots(study, found, folder / "results")))
-    if study.results is not None:
-        path = study.path.parent / study.results
+    if document is not None:
         name = study.path.stem
-        plots = _plots(study, found, path.with_name(f"{path.stem}-{name}"))
+        plots = _plots(study, found, document.with_name(f"{document.stem}-{name}"))
         text = _markdown(study, found, spent, pairs, plots)
-        write_whole(path, _between_marks(path, name, text))
+        write_whole(document, _between_marks(document, name, text))
 
 
 def comparisons(study: Study, found: list[Pool]) -> Iterable[tuple]:
