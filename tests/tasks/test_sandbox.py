@@ -292,6 +292,17 @@ def test_bad_scripts(box, hurry, program, reason):
     assert reason in outcome.reason
 
 
+@isolated
+def test_the_parents_open_files_change_no_verdict(box):
+    attacks = ["closes the pipe", "garbage on the pipe", "forges names and answers"]
+    found = [box.function(HOSTILE[attack], [TEST]) for attack in attacks]
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):  # the pipes get numbers that no process of the sandbox could open
+            stack.enter_context(open(os.devnull))
+        assert [box.function(HOSTILE[attack], [TEST]) for attack in attacks] == found
+    assert not any(outcome.ok for outcome in found)
+
+
 def test_many_at_once_give_the_same(box):
     programs = [SQUARE, "def f(x): return 5", "exit(0)", "def f(x): return [x"] * 4
     with ThreadPoolExecutor(4) as pool:

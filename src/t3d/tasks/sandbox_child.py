@@ -396,11 +396,18 @@ def describe(error):
 # -------------------------------------------------------------------------------------------------------------------
 
 
+def lowered(fd):
+    """`fd` under a low number: what a program does must not depend on how many files the parent had open."""
+    low = os.dup(fd)
+    os.close(fd)
+    return low
+
+
 def main():
     die_with_parent()
     with open(int(sys.argv[1]), encoding="utf-8") as file:
         job = json.load(file)
-    pipes = [open(fd, mode, encoding="utf-8", errors="surrogatepass") for fd, mode in zip(job["fds"], "rw")]  # noqa: B905, SIM115
+    pipes = [open(lowered(fd), mode, encoding="utf-8", errors="surrogatepass") for fd, mode in zip(job["fds"], "rw")]  # noqa: B905, SIM115
     for name in PURE:
         importlib.import_module(name)
     be_killed_first()
