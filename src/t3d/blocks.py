@@ -1,4 +1,4 @@
-"""The block layout: who is in which block, and who sees whom. No other file knows this rule.
+"""The block layout: who is in which block, and who sees whom, in training and in the decoder's cache.
 
 Blocks are counted from absolute position 0 of prompt plus response, so a prompt's tail shares the first generated
 block. A training row holds, for each document, its clean tokens and any number of noisy copies of the blocks that
@@ -6,7 +6,9 @@ hold response tokens; a decoder's row is the case without noisy copies.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,56 @@ PADDING = -1  # the document number of padding
 def block_ids(positions, block_size: int):
     """Block of each absolute position (tensor, array or int), counted from position 0."""
     return positions // block_size
+
+
+def block_start(position, block_size: int):
+    """First position of the block that `position` lies in (int or array); of a length, where its last whole block ends."""
+    return position // block_size * block_size
+
+
+def block_end(position, block_size: int):
+    """One past the last position of the block that `position` lies in."""
+    return (position // block_size + 1) * block_size
+
+
+def whole_blocks(length: int, block_size: int) -> int:
+    """Positions of the fewest blocks that hold `length` tokens."""
+    return -(-length // block_size) * block_size
+
+
+class Rule(Enum):
+    """Whom the tokens of a decoder's segment see, besides everything final.
+
+    BLOCK: the segment up to the end of their own block. TOKEN: the segment up to themselves. NEXT: of another segment,
+    the tokens before their own place, and themselves: with masks, what a model of blocks of one token predicts.
+    EXCEPT: of another segment, all but the token at their own place, and themselves.
+    """
+
+    BLOCK = "block"
+    TOKEN = "token"
+    NEXT = "next"
+    EXCEPT = "except"
+
+
+def visible(rule: Rule, final: int, place: int, start: int, length: int, block_size: int, of: int = 0) -> np.ndarray:
+    """What each of a segment's tokens sees in its sequence's cache: int64 (4, length): low, first, end and hole.
+
+    Places below `low`, and those in `first .. end`, but for `hole` (-1: none). final: places that hold the final tokens
+    before the segment. place: of the segment's first token in the cache. start: its position in the text. of: where the
+    segment that NEXT and EXCEPT look at lies in the cache; it has the same positions and ends before this one begins.
+    """
+    n = np.arange(length)
+    own = place + n
+    none = np.full(length, -1)
+    if rule is Rule.BLOCK:
+        return np.stack(
+            [np.full(length, final), np.full(length, place), place + block_end(start + n, block_size) - start, none]
+        )
+    if rule is Rule.TOKEN:
+        return np.stack([np.full(length, final), np.full(length, place), own + 1, none])
+    if rule is Rule.NEXT:
+        return np.stack([of + n, own, own + 1, none])
+    return np.stack([np.full(length, of + length), own, own + 1, of + n])
 
 
 def sees(q_document, q_copy, q_block, k_document, k_copy, k_block):

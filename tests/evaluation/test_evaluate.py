@@ -15,7 +15,7 @@ from trajectory_examples import make_trajectory
 
 import t3d.answers
 from t3d import DecodingConfig, Engine, T3DError
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.evaluation import EvalConfig, evaluate, read_summary, runner, summarise, table, write_summary
 from t3d.evaluation.results import markdown
 from t3d.evaluation.rows import print_table
@@ -225,8 +225,8 @@ def test_what_a_strategy_does_not_look_at_does_not_distinguish_settings():
     assert resolve(DecodingConfig(steps=2, **dynamic), model) == resolve(DecodingConfig(**dynamic), model)
     scheduled = resolve(DecodingConfig(steps=2, floor="schedule", **dynamic), model)
     assert scheduled.steps == 2
-    names = {setting_name(resolve(c, model)) for c in EvalConfig(strategy=sorted(STRATEGIES)).settings(0)}
-    assert len(names) == len(EvalConfig(strategy=sorted(STRATEGIES)).settings(0))
+    names = {setting_name(resolve(c, model)) for c in EvalConfig(strategy=sorted(POLICIES)).settings(0)}
+    assert len(names) == len(EvalConfig(strategy=sorted(POLICIES)).settings(0))
 
 
 @pytest.mark.parametrize(

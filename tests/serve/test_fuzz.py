@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.serve.schema import IGNORED, UNSUPPORTED, ChatBody, CompletionBody
 
 MODELS = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
@@ -91,7 +91,7 @@ def test_valid_settings_are_decoded(http, path):
         "stream": st.booleans(),
         "block_size": st.integers(4, 64),
         "steps": st.integers(1, 4),
-        "strategy": st.sampled_from(list(STRATEGIES)),
+        "strategy": st.sampled_from(list(POLICIES)),
         "threshold": st.floats(0, 1),
         "floor": st.sampled_from(["one", "schedule"]),
         "entropy_bound": st.floats(0, 1e9),

@@ -1,6 +1,7 @@
 """Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported and served."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +80,7 @@ def generate_command(
         "max_tokens": max_tokens,
         "seed": seed,
     }
-    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings = {} if decoding is None else asdict(load_decoding(decoding))
     settings |= {name: value for name, value in given.items() if value is not None}
     generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
 
@@ -215,7 +216,7 @@ def serve_command(
 
     to_terminal()
     given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
-    settings = {} if decoding is None else dict(vars(load_decoding(decoding)))
+    settings = {} if decoding is None else asdict(load_decoding(decoding))
     settings |= {name: value for name, value in given.items() if value is not None}
     config = ServeConfig(
         host=host,

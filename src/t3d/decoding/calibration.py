@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError, nearest
 from t3d.trajectories.record import Trajectory
 
@@ -35,9 +35,9 @@ def calibrate(
     settings and one `{"knob", "value", "tpf", "quality"}` per trial; `tried` is called with each. Raises T3DError if
     even the knob's end misses the target.
     """
-    knob = STRATEGIES[config.strategy].knob
+    knob = POLICIES[config.strategy].speed()
     if knob is None:
-        known = ", ".join(name for name, s in STRATEGIES.items() if s.knob)
+        known = ", ".join(name for name, p in POLICIES.items() if p.speed())
         raise T3DError(f"strategy {config.strategy!r} has nothing to calibrate; use one of {known}")
     if (target_tpf is None) == (target_quality is None) or (target_quality is not None) != (quality is not None):
         raise T3DError("give either target_tpf, or target_quality with a quality function")
@@ -51,8 +51,9 @@ def calibrate(
         tried(trial)
         return trial["tpf"] >= target_tpf if quality is None else trial["quality"] >= target_quality
 
+    slow, fast = knob.metadata["slow"], knob.metadata["fast"]
     # `good` always meets the target, `bad` does not; the answer lies between them
-    good, bad = (knob.fast, knob.slow) if quality is None else (knob.slow, knob.fast)
+    good, bad = (fast, slow) if quality is None else (slow, fast)
     if not meets(good):
         measure, target = ("tpf", target_tpf) if quality is None else ("quality", target_quality)
         raise T3DError(

@@ -1,9 +1,16 @@
 """How to decode: the settings a user chooses, checked when they are made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cached_property
 
-from t3d.decoding.strategies import STRATEGIES
-from t3d.errors import T3DError, nearest
+from t3d.decoding import flights, policies
+from t3d.decoding.flight import FLIGHTS, Flight
+from t3d.decoding.policy import POLICIES, Policy, check_name, load_all
+from t3d.decoding.settings import check_value, merged, setting
+from t3d.errors import T3DError
+
+load_all(policies.__name__, "t3d.policies")
+load_all(flights.__name__, "t3d.flights")
 
 
 def _help(text: str, **kwargs):
@@ -11,28 +18,31 @@ def _help(text: str, **kwargs):
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
-    """Settings of one decode. `None` means: take it from the model's folder (block size, stop ids)."""
+class _General:
+    """What every policy and flight takes. `None` means: take it from the model's folder (block size, stop ids)."""
 
     block_size: int | None = _help("tokens per block; default: the model's own", default=None)
     steps: int | None = _help("denoising steps per block, 1..block_size; default: block_size", default=None)
+    window: int | None = setting(
+        None, "commit in pieces of this many tokens, from left to right in the block; default: the whole block"
+    )
     strategy: str = _help(
         "unmasking strategy: which positions are committed at a step", default="low_confidence_static"
     )
-    threshold: float = _help("confidence above which a dynamic strategy commits", default=0.9)
-    floor: str = _help("fewest tokens a dynamic step commits: 'one', or 'schedule' for k_s", default="one")
-    entropy_bound: float = _help("nats that an entropy-bounded step may commit", default=0.35)
-    factor: float = _help("the bound f of Fast-dLLM's factor rule", default=1.0)
-    risk: float = _help("wrong tokens an adaptive step may expect; t3d.decoding.calibrate() chooses it", default=0.1)
-    confidence: str = _help("measured on the 'untempered' distribution or the 'sampling' one", default="untempered")
-    temperature: float = _help("0 is greedy", default=0.0)
-    top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
+    flight: str = _help("what a forward computes, and when a block is final", default="multi_block")
+    confidence: str = setting(
+        "untempered",
+        "measured on the 'untempered' distribution or the 'sampling' one",
+        choices=("untempered", "sampling"),
+    )
+    temperature: float = setting(0.0, "0 is greedy", low=0)
+    top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off", low=0)
     top_p: float = _help("sample among the likeliest tokens with this total probability; 1 is off", default=1.0)
-    max_tokens: int = _help("most tokens that count in a response", default=256)
+    max_tokens: int = setting(256, "most tokens that count in a response", low=1)
     stop_ids: tuple[int, ...] | None = _help("token ids that end a response; default: all of the model's", default=None)
     stop: tuple[str, ...] = _help("strings that end a response, besides the stop ids", default=())
     ignore_eos: bool = _help("do not end at the model's own stop ids", default=False)
-    n: int = _help("responses per prompt", default=1)
+    n: int = setting(1, "responses per prompt", low=1)
     seed: int = _help("base seed; every sequence derives its own from it", default=0)
 
     def __post_init__(self):
@@ -46,23 +56,48 @@ class DecodingConfig:
             if not ok:
                 raise T3DError(message)
 
+        check_name("strategy", self.strategy, POLICIES)
+        check_name("flight", self.flight, FLIGHTS)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and "low" in f.metadata:
+                check_value(f.name, value, f.metadata)
         check(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}")
         check(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        check(0 <= self.threshold <= 1, f"threshold must lie in 0..1, got {self.threshold}")
-        check(self.floor in ("one", "schedule"), f"floor is 'one' or 'schedule', got {self.floor!r}")
-        check(
-            self.confidence in ("untempered", "sampling"),
-            f"confidence is 'untempered' or 'sampling', got {self.confidence!r}",
-        )
-        for name in ("entropy_bound", "factor", "risk"):
-            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
-        check(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
+        check(self.window is None or self.window >= 1, f"window must be at least 1, got {self.window}")
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
-        check(
-            self.strategy in STRATEGIES,
-            f"unknown strategy {self.strategy!r}{nearest(self.strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}",
-        )
-        check(self.n >= 1, f"n must be at least 1, got {self.n}")
         check(all(self.stop), "a stop string must not be empty")
-        check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        self.flying.check(self.policy, self)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The unmasking strategy with its own settings."""
+        return self._component(POLICIES[self.strategy])
+
+    @cached_property
+    def flying(self) -> Flight:
+        """The flight with its own settings."""
+        return self._component(FLIGHTS[self.flight])
+
+    def _component(self, owner: type):
+        return owner(**{f.name: getattr(self, f.name) for f in fields(owner)})
+
+    @classmethod
+    def owners(cls, name: str) -> list[str]:
+        """The policies and flights whose setting `name` is; empty for one that all take."""
+        every = [*POLICIES.values(), *FLIGHTS.values()]
+        return [c.name for c in every if name in {f.name for f in fields(c)}]
+
+
+OWNED = merged([*POLICIES.values(), *FLIGHTS.values()])  # the settings that policies and flights bring along
+
+DecodingConfig = make_dataclass(
+    "DecodingConfig",
+    [(name, f.type, field(default=f.default, metadata=f.metadata)) for name, f in OWNED.items()],
+    bases=(_General,),
+    frozen=True,
+    namespace={
+        "__doc__": "Settings of one decode: those that all take, and those of every policy and flight.",
+        "__module__": __name__,
+    },
+)

@@ -1,9 +1,9 @@
-"""Attention of a batch of spans over the paged cache, with PyTorch's SDPA, reading the cache where it lies.
+"""Attention of a batch of queries over the paged cache, with PyTorch's SDPA, reading the cache where it lies.
 
-Spans of one or two blocks go through one batched call per layer, a page being a batch row; where sequences have several
-pages, each page gives a partial softmax and the parts are merged. Longer spans (prefill) go one by one. No mask depends
-on block-causality beyond "this query sees the first `limit` positions", because the keys of a span are written to the
-cache before anything reads it.
+Queries of steady decoding go through one batched call per layer, a page being a batch row; where sequences have several
+pages, each page gives a partial softmax and the parts are merged. Longer ones (prefill) go one by one. Who sees whom is
+`Query.limits`: the first so many places, since the keys of a query are written to the cache before anything reads it;
+or `Query.visible`, where a query carries more than one segment.
 """
 
 import numpy as np
@@ -12,25 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Span
+from t3d.engine.request import Query
+
+_FAR = np.iinfo(np.int64).max // 2
 
 
 class SDPAttention:
-    """Made once per forward from its spans, called once per layer.
+    """Made once per forward from its queries, called once per layer.
 
-    `order` is how the spans must be packed: those of the batched call first, in the order of their rows.
+    `order` is how the queries must be packed: those of the batched call first, in the order of their rows.
     """
 
     page_size = None  # a page may be of any size; a whole sequence is best
 
-    def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
+    def __init__(self, cache: KVCache, queries: list[Query], groups: int, dtype: torch.dtype):
         self.cache, self.groups, self.device = cache, groups, cache.data.device
-        self.paged = any(len(s.sequence.pages) > 1 for s in spans)
-        short = [s for s in spans if s.length <= 2 * s.sequence.request.config.block_size]
-        self.long = [s for s in spans if s.length > 2 * s.sequence.request.config.block_size]
-        short.sort(key=lambda s: s.sequence.pages[0])
+        self.paged = any(len(q.sequence.pages) > 1 for q in queries)
+        short = [q for q in queries if q.steady]
+        self.long = [q for q in queries if not q.steady]
+        short.sort(key=lambda q: q.sequence.pages[0])
         self.order = short + self.long
-        self.limits = [limits(s) for s in self.order]
         self.short_tokens = sum(s.length for s in short)
         if short:
             self._plan_rows(short, dtype)
@@ -39,7 +40,7 @@ class SDPAttention:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
 
-    def _plan_rows(self, short: list[Span], dtype: torch.dtype) -> None:
+    def _plan_rows(self, short: list[Query], dtype: torch.dtype) -> None:
         """Rows of the batched call: one per sequence, or one per page in use where each sequence has one page."""
         pages = self.cache.used_pages
         size = self.cache.page_size
@@ -49,33 +50,46 @@ class SDPAttention:
         rows = len(short) if self.paged else pages
         row_of = range(rows) if self.paged else [s.sequence.pages[0] for s in short]
         grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
-        limit = np.full((rows, width), np.iinfo(np.int64).max // 2)  # unused places see everything: finite, and dropped
+        plain = all(query.plain for query in short)
+        limit = np.full((rows, width), _FAR)  # unused places see everything: finite, and dropped
+        sight = None if plain else np.stack([limit, limit, limit, np.full_like(limit, -1)])  # see `blocks.visible`
         table = np.zeros((rows, max(len(s.sequence.pages) for s in short)), dtype=np.int64)
         absent = np.ones(table.shape, dtype=bool)
         places, token, longest = [], 0, 1
         if not self.paged:
             owner[:] = np.arange(pages)
-        for row, span in zip(row_of, short, strict=True):
-            n = span.length
+        for row, query in zip(row_of, short, strict=True):
+            n = query.length
             grid[row, :n] = np.arange(token, token + n)
-            limit[row, :n] = self.limits[len(places)]
+            if plain:
+                limit[row, :n] = query.limits()
+            else:
+                sight[:, row, :n] = query.visible()
             places.append(np.arange(row * width, row * width + n))
             token += n
-            held = span.sequence.pages[: -(-span.end // size)]
+            held = query.sequence.pages[: -(-query.end // size)]
             owner[held] = row
             first[held] = np.arange(len(held)) * size
             table[row] = held[0]  # absent ones have weight 0; another sequence's NaN would not be stopped by that
             table[row, : len(held)] = held
             absent[row, : len(held)] = False
-            longest = max(longest, min(span.end, size))
+            longest = max(longest, min(query.end, size))
         self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
         regular = token == rows * width  # every row full: packing is a reshape
         self.grid = None if regular else self._tensor(grid.ravel())
         self.places = None if regular else self._tensor(np.concatenate(places))
-        visible = limit[owner] - first[:, None]  # (pages, width): keys of the page that the query sees
         self.mask = None
-        if (visible < longest).any():
-            hidden = torch.arange(longest, device=self.device) >= self._tensor(visible)[:, :, None]
+        key = torch.arange(longest, device=self.device)
+        hidden = None
+        if plain:
+            seen = limit[owner] - first[:, None]  # (pages, width): keys of the page that the query sees
+            if (seen < longest).any():
+                hidden = key >= self._tensor(seen)[:, :, None]
+        else:
+            shift = sight[:, owner] - first[:, None]  # (4, pages, width), counted from each page's first key
+            shift[3] = np.where(sight[3, owner] < 0, -1, shift[3])
+            hidden = _hidden(self._tensor(shift)[..., None], key)
+        if hidden is not None:
             # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
@@ -86,12 +100,16 @@ class SDPAttention:
 
     def _plan_long(self, dtype: torch.dtype) -> None:
         self.long_plans = []
-        for span, limit in zip(self.long, self.limits[len(self.order) - len(self.long) :], strict=True):
-            hidden = torch.arange(span.end, device=self.device) >= self._tensor(limit)[:, None]  # (length, end)
+        for query in self.long:
+            key = torch.arange(query.end, device=self.device)
+            if query.plain:
+                hidden = key >= self._tensor(query.limits())[:, None]  # (length, end)
+            else:
+                hidden = _hidden(self._tensor(query.visible())[..., None], key)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            slots = self._tensor(self.cache.slots(span.sequence, 0, span.end)) if self.paged else None
-            first = span.sequence.pages[0] * self.cache.page_size
-            self.long_plans.append((span, mask.repeat_interleave(self.groups, dim=0), slots, first))
+            slots = self._tensor(self.cache.slots(query.sequence, 0, query.end)) if self.paged else None
+            first = query.sequence.pages[0] * self.cache.page_size
+            self.long_plans.append((query, mask.repeat_interleave(self.groups, dim=0), slots, first))
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         """q: (tokens, heads, head_dim), packed in `order`; returns the same shape. The keys are in the cache."""
@@ -103,10 +121,10 @@ class SDPAttention:
         if self.short_tokens:
             out[: self.short_tokens] = self._rows(layer, q, kv_heads, dim).view(-1, heads, dim)
         token = self.short_tokens
-        for span, mask, slots, first in self.long_plans:
-            n = span.length
+        for query, mask, slots, first in self.long_plans:
+            n = query.length
             kv = self.cache.data[layer]
-            kv = kv[first : first + span.end] if slots is None else kv[slots]  # (end, 2, kv_heads, dim)
+            kv = kv[first : first + query.end] if slots is None else kv[slots]  # (end, 2, kv_heads, dim)
             kv = kv.permute(1, 2, 0, 3)[:, None]
             mine = (
                 q[token : token + n].view(n, kv_heads, self.groups, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
@@ -146,10 +164,10 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
     return torch.matmul(scores.softmax(-1).to(v.dtype), v).float(), scores.logsumexp(-1)
 
 
-def limits(span: Span) -> np.ndarray:
-    """How many positions each token of the span sees: all up to the end of its block. int64 (length,)"""
-    block = span.sequence.request.config.block_size
-    return (np.arange(span.start, span.end) // block + 1) * block
+def _hidden(sight: Tensor, key: Tensor) -> Tensor:
+    """Whether a query does not see a key. sight: int64 (4, ..., 1), see `blocks.visible`; key: (keys,) places."""
+    low, first, end, hole = sight
+    return ~((key < low) | ((key >= first) & (key < end))) | (key == hole)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -156,7 +156,7 @@ class Engine:
         if requests is None:
             longest, rows = self.model.config.max_position_embeddings, self.max_batch_size
         else:
-            longest = max((r.most_tokens for r in requests), default=1)
+            longest = max((r.most_places for r in requests), default=1)
             rows = min(self.max_batch_size, max(len(requests), 1))
         each = bytes_per_token(self.model)
         budget = self.kv_cache_tokens or int(free_memory(self.model.device) * self.memory_share) // each

@@ -1,4 +1,4 @@
-"""Attention of a batch of spans over the paged cache, with PyTorch's FlexAttention: one call per layer, no copy.
+"""Attention of a batch of queries over the paged cache, with PyTorch's FlexAttention: one call per layer, no copy.
 
 The batch is one row of packed queries against the arena; a block mask names, for each tile of queries, the pages of the
 sequences in it, so that only these are read. Compiled on a GPU; elsewhere eager, which is slow and serves the tests.
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from t3d.engine.attention import limits, to_device
+from t3d.engine.attention import to_device
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Span
+from t3d.engine.request import Query
 
 _TILE = 128  # queries per tile
 
 
-def page_plan(cache: KVCache, spans: list[Span], tokens: int, pages: int) -> dict[str, np.ndarray]:
+def page_plan(cache: KVCache, queries: list[Query], tokens: int, pages: int) -> dict[str, np.ndarray]:
     """Which pages each tile of queries reads, and what each query may see there; int64, padded to `tokens` and `pages`.
 
-    counts (tiles,), indices (tiles, pages): the pages of a tile. owner (pages,): the span that a page belongs to, -1
-    for none; first (pages,): position of its first key. span_of (tokens,): the span of each query, -2 for padding,
-    which sees nothing; limit (tokens,): how many positions it sees.
+    counts (tiles,), indices (tiles, pages): the pages of a tile. owner (pages,): the query that a page belongs to, -1
+    for none; first (pages,): place of its first key. query_of (tokens,): the query of each token, -2 for padding,
+    which sees nothing; sight (4, tokens): what it sees of the places of its sequence, see `t3d.blocks.visible`.
     """
     size, tiles = cache.page_size, -(-tokens // _TILE)
     plan = {
@@ -31,17 +31,21 @@ def page_plan(cache: KVCache, spans: list[Span], tokens: int, pages: int) -> dic
         "indices": np.zeros((tiles, pages), dtype=np.int64),
         "owner": np.full(pages, -1, dtype=np.int64),
         "first": np.zeros(pages, dtype=np.int64),
-        "span_of": np.full(tokens, -2, dtype=np.int64),
-        "limit": np.zeros(tokens, dtype=np.int64),
+        "query_of": np.full(tokens, -2, dtype=np.int64),
+        "sight": np.zeros((4, tokens), dtype=np.int64),
     }
     reads: list[list[int]] = [[] for _ in range(tiles)]
     token = 0
-    for number, span in enumerate(spans):
-        held = span.sequence.pages[: -(-span.end // size)]
+    for number, query in enumerate(queries):
+        held = query.sequence.pages[: -(-query.end // size)]
         plan["owner"][held] = number
         plan["first"][held] = np.arange(len(held)) * size
-        mine = slice(token, token + span.length)
-        plan["span_of"][mine], plan["limit"][mine] = number, limits(span)
+        mine = slice(token, token + query.length)
+        plan["query_of"][mine] = number
+        if query.plain:
+            plan["sight"][0, mine], plan["sight"][3, mine] = query.limits(), -1
+        else:
+            plan["sight"][:, mine] = query.visible()
         for tile in range(token // _TILE, (mine.stop - 1) // _TILE + 1):
             reads[tile] += held
         token = mine.stop
@@ -57,24 +61,27 @@ class PagedFlex:
     def __init__(self, cache: KVCache, plan: dict[str, Tensor], groups: int, steady: bool = False):
         self.cache, self.grouped, self.steady = cache, groups > 1, steady
         size, owner, first = cache.page_size, plan["owner"], plan["first"]
-        span_of, limit = plan["span_of"], plan["limit"]
+        query_of = plan["query_of"]
+        low, start, end, hole = plan["sight"]
         self.keys = len(owner) * size
 
         def sees(row, head, q, k):
             page = k // size
-            return (owner[page] == span_of[q]) & (first[page] + k % size < limit[q])
+            place = first[page] + k % size
+            seen = (place < low[q]) | ((place >= start[q]) & (place < end[q]))
+            return (owner[page] == query_of[q]) & seen & (place != hole[q])
 
         self.mask = BlockMask.from_kv_blocks(
             plan["counts"].to(torch.int32)[None, None],
             plan["indices"].to(torch.int32)[None, None],
             BLOCK_SIZE=(_TILE, size),
             mask_mod=sees,
-            seq_lengths=(len(limit), self.keys),
+            seq_lengths=(len(query_of), self.keys),
             compute_q_blocks=False,  # only a backward pass needs them
         )
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
-        """q: (tokens, heads, head_dim), packed in order of the spans; the same shape. The keys are in the cache."""
+        """q: (tokens, heads, head_dim), packed in order of the queries; the same shape. The keys are in the cache."""
         kv = self.cache.data[layer][: self.keys].permute(1, 2, 0, 3)[:, None]  # (2, 1, kv_heads, keys, head_dim)
         attend = _compiled(self.steady) if q.is_cuda else flex_attention
         out = attend(q.transpose(0, 1)[None], kv[0], kv[1], block_mask=self.mask, enable_gqa=self.grouped)
@@ -82,13 +89,13 @@ class PagedFlex:
 
 
 class FlexAttention(PagedFlex):
-    """Made once per forward from its spans; `order` is how the spans must be packed."""
+    """Made once per forward from its queries; `order` is how the queries must be packed."""
 
     page_size = 128  # a page is a tile of keys
 
-    def __init__(self, cache: KVCache, spans: list[Span], groups: int, dtype: torch.dtype):
-        self.order = spans
-        plan = page_plan(cache, spans, sum(s.length for s in spans), cache.used_pages)
+    def __init__(self, cache: KVCache, queries: list[Query], groups: int, dtype: torch.dtype):
+        self.order = queries
+        plan = page_plan(cache, queries, sum(q.length for q in queries), cache.used_pages)
         super().__init__(cache, {name: to_device(array, cache.data.device) for name, array in plan.items()}, groups)
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from t3d.engine.flex import PagedFlex, page_plan
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Span
+from t3d.engine.request import Query
 
 
-def is_steady(spans: list[Span]) -> bool:
-    """Whether no span is longer than a finished block and the block in flight, and there are logits to wait for."""
-    short = all(s.length <= 2 * s.sequence.request.config.block_size for s in spans)
-    return short and any(s.denoise for s in spans)
+def is_steady(queries: list[Query]) -> bool:
+    """Whether nothing is being prefilled, and there are logits to wait for."""
+    return all(q.steady for q in queries) and any(q.denoise for q in queries)
 
 
 def padded(count: int) -> int:
@@ -36,10 +35,10 @@ class StepGraphs:
         self.runner, self.cache = runner, cache
         self.steps: dict[tuple[int, int], _Step] = {}
 
-    def __call__(self, spans: list[Span], packed: np.ndarray, select: np.ndarray) -> Tensor:
-        """Logits float32 (len(select), vocab); packed: int64 (3, tokens) ids, positions and slots of the spans."""
+    def __call__(self, queries: list[Query], packed: np.ndarray, select: np.ndarray) -> Tensor:
+        """Logits float32 (len(select), vocab); packed: int64 (3, tokens) ids, positions and slots of the queries."""
         tokens, wanted = padded(packed.shape[1]), padded(len(select))
-        inputs = page_plan(self.cache, spans, tokens, self.cache.num_pages)
+        inputs = page_plan(self.cache, queries, tokens, self.cache.num_pages)
         for name, row, fill in zip(("ids", "positions", "slots"), packed, (0, 0, self.cache.scratch), strict=True):
             inputs[name] = np.full(tokens, fill, dtype=np.int64)
             inputs[name][: len(row)] = row

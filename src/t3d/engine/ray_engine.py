@@ -129,7 +129,7 @@ class RayEngine:
         if self._seen != (now := self._versions()):  # trained since
             self._seen, self._packed = now, ray.put(_pack(self.model))
             weights = self._packed
-        sizes = sorted(requests, key=lambda r: r.most_tokens)[-self.max_batch_size :]  # what a cache must hold
+        sizes = sorted(requests, key=lambda r: r.most_places)[-self.max_batch_size :]  # what a cache must hold
         waiting, failures = deque(requests), 0
         held: list[dict[tuple[int, int], Request]] = [{} for _ in self._pool]
         calls: dict = {}  # pending call -> worker

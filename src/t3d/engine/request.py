@@ -1,10 +1,13 @@
 """What was asked for, and how far it has come."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from t3d.blocks import Rule, block_end, block_start, visible, whole_blocks
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.flight import Block, Segment
 from t3d.trajectories.record import NFE, Trajectory
 
 
@@ -22,13 +25,18 @@ class Request:
     @property
     def prompt_blocks_end(self) -> int:
         """Where the prompt's full blocks end; its tail shares the first generated block."""
-        return len(self.prompt_ids) // self.config.block_size * self.config.block_size
+        return block_start(len(self.prompt_ids), self.config.block_size)
 
     @property
     def most_tokens(self) -> int:
         """Positions this sequence can come to hold, through the end of its last block."""
-        block = self.config.block_size
-        return -(-(len(self.prompt_ids) + self.config.max_tokens) // block) * block
+        return whole_blocks(len(self.prompt_ids) + self.config.max_tokens, self.config.block_size)
+
+    @property
+    def most_places(self) -> int:
+        """Places of the cache it can come to need: those positions, and what its flight computes beside them."""
+        config = self.config
+        return self.most_tokens + config.flying.scratch_blocks(config.policy) * config.block_size
 
     def __str__(self) -> str:
         return self.prompt + (f" sample {self.sample}" if self.config.n > 1 else "")
@@ -39,36 +47,93 @@ class Request:
         return f"prompt {self.index if self.name is None else repr(self.name)}"
 
 
-@dataclass
-class Span:
-    """Consecutive blocks of one sequence in one forward: positions `start .. end`, each block seeing all up to its end.
+@dataclass(eq=False)
+class Query:
+    """Consecutive places of one sequence in one forward: final tokens `start .. final` that the cache lacks, and the
+    segments that the sequence's flight asks for, in the places behind them.
 
-    Prefill, commit and denoise are the same work; `denoise` says whether the last block is the one in flight.
+    Prefill, commit and denoise are the same work; with `segments` the forward denoises.
     """
 
     sequence: "Sequence"
     start: int
-    end: int
-    denoise: bool
+    final: int
+    segments: list[Segment]
+
+    @cached_property
+    def end(self) -> int:
+        return self.final + sum(map(len, self.segments))
 
     @property
     def length(self) -> int:
         return self.end - self.start
 
+    @property
+    def denoise(self) -> bool:
+        return bool(self.segments)
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether it is no longer than a forward of steady decoding, so that shapes repeat."""
+        config = self.sequence.request.config
+        return self.final - self.start <= (config.flying.most_final if self.segments else 2) * config.block_size
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every token sees all places up to the end of its block, and has the position of its place."""
+        return not self.segments or (len(self.segments) == 1 and self.segments[0].rule is Rule.BLOCK)
+
+    def ids(self) -> list[np.ndarray]:
+        return [self.sequence.tokens[self.start : self.final], *(s.ids for s in self.segments)]
+
+    def positions(self) -> list[np.ndarray]:
+        """Of the text; equal to the places in the cache but for segments behind the first."""
+        if self.plain:
+            return [np.arange(self.start, self.end)]
+        return [np.arange(self.start, self.final), *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
+
+    def wanted(self) -> np.ndarray:
+        """Which of its tokens' logits are wanted, int64, counted from its first token."""
+        parts, first = [], self.final - self.start
+        for segment in self.segments:
+            parts.append(segment.want.nonzero()[0] + first)
+            first += len(segment)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else NOTHING
+
+    def limits(self) -> np.ndarray:
+        """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
+        return block_end(np.arange(self.start, self.end), self.sequence.request.config.block_size)
+
+    def visible(self) -> np.ndarray:
+        """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
+        block = self.sequence.request.config.block_size
+        parts, place = [visible(Rule.BLOCK, 0, self.start, self.start, self.final - self.start, block)], self.final
+        parts[0][1] = 0  # from the beginning
+        places = {}
+        for segment in self.segments:
+            of = 0 if segment.of is None else places[id(segment.of)]
+            parts.append(visible(segment.rule, self.final, place, segment.start, len(segment), block, of))
+            places[id(segment)] = place
+            place += len(segment)
+        return np.concatenate(parts, axis=1)
+
+
+NOTHING = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(eq=False)
 class Sequence:
-    """A request and its state. Positions before `base` are final; the block in flight begins at `base`."""
+    """A request and its state. Positions before `base` are final; what is in flight belongs to the flight."""
 
     request: Request
     mask_id: int
     watched: bool = False  # every denoising step is told, not only whole blocks
-    tokens: np.ndarray = field(init=False)  # int64 (most_tokens,): prompt, finished blocks, block in flight, masks
+    tokens: np.ndarray = field(init=False)  # int64 (most_tokens,): prompt, finished blocks, masks
     step_map: np.ndarray = field(init=False)  # int64 (most_tokens,)
     confidence: np.ndarray = field(init=False)  # float32 (most_tokens,)
+    revisions: np.ndarray = field(init=False)  # int64 (most_tokens,)
     base: int = field(init=False)
-    cached: int = 0  # positions whose keys and values in the cache are final
-    step: int = 0  # of the block in flight
+    cached: int = 0  # places whose keys and values in the cache are final
     ended: bool = False
     pages: list[int] = field(default_factory=list)
     prefill: int = 0
@@ -82,33 +147,62 @@ class Sequence:
         self.tokens[: len(self.request.prompt_ids)] = self.request.prompt_ids
         self.step_map = np.zeros(size, dtype=np.int64)
         self.confidence = np.zeros(size, dtype=np.float32)
+        self.revisions = np.zeros(size, dtype=np.int64)
         self.base = self.request.prompt_blocks_end
+        self.policy = self.request.config.policy
+        self.finished: list[Block] = []  # final, not yet told
+        self.turns = self.request.config.flying.run(self)
+        self.asked: list[Segment] = next(self.turns)
 
     @property
-    def block_end(self) -> int:
-        return self.base + self.request.config.block_size
+    def places(self) -> int:
+        """Places of the cache that its next forward needs."""
+        return self.base + sum(map(len, self.asked))
 
-    def masked(self) -> np.ndarray:
-        """bool (block_size,): positions of the block in flight still to be decided. No token is ever the mask's id."""
-        return self.tokens[self.base : self.block_end] == self.mask_id
+    def new_block(self, start: int) -> Block:
+        """The block at `start` as decoding begins it: the prompt's tail, if it lies there, and masks."""
+        size = self.request.config.block_size
+        fixed = np.arange(start, start + size) < len(self.request.prompt_ids)
+        tokens = np.full(size, self.mask_id, dtype=np.int64)
+        own = self.tokens[start : start + size]  # shorter where a flight looks beyond the end
+        tokens[: len(own)] = own
+        zeros = np.zeros(size, dtype=np.int64)
+        return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
 
-    def advance(self, span: Span) -> None:
-        """Account for a forward: what it wrote to the cache is final except for the block in flight."""
-        if span.denoise:
+    def window(self, block: Block) -> np.ndarray:
+        """bool (block_size,): the masks that may be committed now."""
+        masked, width = block.masked(), self.request.config.window
+        if width is None or not masked.any():
+            return masked
+        first = int(masked.argmax()) // width * width
+        masked[first + width :] = False
+        return masked
+
+    def finish(self, block: Block) -> None:
+        """The block at `base` is final."""
+        mine = slice(block.start, block.end)
+        self.tokens[mine], self.step_map[mine] = block.tokens, block.step_map
+        self.confidence[mine], self.revisions[mine] = block.confidence, block.revisions
+        self.base = block.end
+        self.finished.append(block)
+
+    def advance(self, query: Query) -> None:
+        """Account for a forward: what it wrote to the cache of final tokens is final."""
+        if query.denoise:
             self.denoise += 1
-        elif span.start < self.request.prompt_blocks_end:
+        elif query.start < self.request.prompt_blocks_end:
             self.prefill += 1
         else:
             self.commit += 1
-        self.cached = self.base if span.denoise else span.end
+        self.cached = query.final
 
-    def end(self, first: int, tokenizer) -> tuple[int, str] | None:
-        """(length, finish reason) if the sequence ends with its newest block, `first .. base`; None if it goes on.
+    def end(self, first: int, last: int, tokenizer) -> tuple[int, str] | None:
+        """(length, finish reason) if the sequence ends with its final block `first .. last`; None if it goes on.
 
         A stop token counts, a stop string's tokens too; what comes after `max_tokens` does not.
         """
         prompt, most = len(self.request.prompt_ids), self.request.config.max_tokens
-        new = self.tokens[prompt : self.base].tolist()
+        new = self.tokens[prompt:last].tolist()
         stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
         lengths = [stops[0] + 1] if stops else []
         for string in self.request.config.stop:
@@ -121,13 +215,16 @@ class Sequence:
             return min(lengths), "stop"
         return (most, "length") if len(new) >= most else None
 
-    def trajectory(self, length: int, finish_reason: str, text: str | None) -> Trajectory:
-        first, last = len(self.request.prompt_ids), self.base
+    def trajectory(self, last: int, length: int, finish_reason: str, text: str | None) -> Trajectory:
+        """last: where the last block that is kept ends."""
+        first = len(self.request.prompt_ids)
+        revisions = self.revisions[first:last]
         return Trajectory(
             prompt_ids=list(self.request.prompt_ids),
             response_ids=self.tokens[first:last].tolist(),
             step_map=self.step_map[first:last].tolist(),
             confidence=self.confidence[first:last].tolist(),
+            revisions=revisions.tolist() if revisions.any() else None,
             length=length,
             finish_reason=finish_reason,
             nfe=NFE(self.prefill, self.denoise, self.commit),

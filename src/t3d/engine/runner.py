@@ -1,4 +1,4 @@
-"""One forward of a batch of spans through a transformers Qwen3 model's own weights.
+"""One forward of a batch of queries through a transformers Qwen3 model's own weights.
 
 The lean forward saves what the modules spend on generality: no padding, no mask per layer, no cache that is copied to
 grow, and the head only where logits are needed.
@@ -16,7 +16,7 @@ from t3d.engine.attention import SDPAttention, to_device
 from t3d.engine.flex import FlexAttention
 from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape
-from t3d.engine.request import Span
+from t3d.engine.request import Query
 
 ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
 _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side
@@ -102,27 +102,27 @@ class Runner:
         cos, sin = self._rope
         return cos.index_select(0, positions), sin.index_select(0, positions)
 
-    def forward(self, cache: KVCache, spans: list[Span], wanted: Callable[[Span], np.ndarray]) -> Tensor:
-        """Write the spans' keys and values to the cache; logits, float32 (n, vocab), at `wanted(span)` positions.
+    def forward(self, cache: KVCache, queries: list[Query]) -> Tensor:
+        """Write the queries' keys and values to the cache; logits, float32 (n, vocab), of the tokens they want.
 
-        `wanted` gives positions of the span's sequence; the logits come in the order of `spans`.
+        The logits come in the order of `queries`.
         """
-        steady = self.graphs and is_steady(spans)
-        attention = None if steady else self.attention(cache, spans, self.groups, self.dtype)
-        order = spans if steady else attention.order
+        steady = self.graphs and is_steady(queries)
+        attention = None if steady else self.attention(cache, queries, self.groups, self.dtype)
+        order = queries if steady else attention.order
         offset, token = {}, 0
-        for span in order:
-            offset[id(span)] = token - span.start
-            token += span.length
+        for query in order:
+            offset[id(query)] = token
+            token += query.length
         packed = np.empty((3, token), dtype=np.int64)
-        np.concatenate([s.sequence.tokens[s.start : s.end] for s in order], out=packed[0])
-        np.concatenate([np.arange(s.start, s.end) for s in order], out=packed[1])
-        np.concatenate([cache.slots(s.sequence, s.start, s.end) for s in order], out=packed[2])
-        select = np.concatenate([wanted(s) + offset[id(s)] for s in spans])
+        np.concatenate([part for q in order for part in q.ids()], out=packed[0])
+        np.concatenate([part for q in order for part in q.positions()], out=packed[1])
+        np.concatenate([cache.slots(q.sequence, q.start, q.end) for q in order], out=packed[2])
+        select = np.concatenate([q.wanted() + offset[id(q)] for q in queries])
         if steady:
             if self._steps is None or self._steps.cache is not cache:
                 self._steps = StepGraphs(self, cache)
-            return self._steps(spans, packed, select)
+            return self._steps(queries, packed, select)
         return self.compute(cache, attention, *to_device(packed, self.device), to_device(select, self.device))
 
     def compute(

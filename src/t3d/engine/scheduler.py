@@ -2,8 +2,9 @@
 
 from collections import deque
 
+from t3d.blocks import block_start
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Sequence, Span
+from t3d.engine.request import Query, Sequence
 
 
 class Scheduler:
@@ -31,24 +32,24 @@ class Scheduler:
         self.cache.release(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
-    def plan(self) -> list[Span]:
-        """The spans of the next forward; empty only when nothing is left to do."""
+    def plan(self) -> list[Query]:
+        """The queries of the next forward; empty only when nothing is left to do."""
         self._make_room()
         self._admit()
         self.cache.compact()
-        spans, budget = [], self.prefill_tokens
+        queries, budget = [], self.prefill_tokens
         for sequence in self.running:
-            span = self._span(sequence, budget)
-            if span is not None:
-                spans.append(span)
-                budget -= self._prefill_part(span)
-        return spans
+            query = self._query(sequence, budget)
+            if query is not None:
+                queries.append(query)
+                budget -= max(0, query.final - query.start - self._free_of_charge(sequence))
+        return queries
 
     def _make_room(self) -> None:
         for sequence in list(self.running):
             if sequence not in self.running:  # it has yielded to an older one
                 continue
-            while not self.cache.grow(sequence, sequence.block_end):
+            while not self.cache.grow(sequence, sequence.places):
                 youngest = self.running.pop()
                 self.cache.release(youngest)
                 youngest.preemptions += 1
@@ -58,27 +59,27 @@ class Scheduler:
                     break
 
     def _admit(self) -> None:
-        can_grow = sum(self.cache.missing(s, s.request.most_tokens) > 0 for s in self.running)
+        can_grow = sum(self.cache.missing(s, s.request.most_places) > 0 for s in self.running)
         while self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
-            if self.cache.missing(sequence, sequence.block_end) + can_grow > self.cache.free_pages:
+            if self.cache.missing(sequence, sequence.places) + can_grow > self.cache.free_pages:
                 break
-            self.cache.grow(sequence, sequence.block_end)
-            can_grow += self.cache.missing(sequence, sequence.request.most_tokens) > 0
+            self.cache.grow(sequence, sequence.places)
+            can_grow += self.cache.missing(sequence, sequence.request.most_places) > 0
             self.running.append(self.waiting.popleft())
 
-    def _prefill_part(self, span: Span) -> int:
-        """Tokens of a span beyond a finished block and the block in flight, which every forward may carry."""
-        block = span.sequence.request.config.block_size
-        return max(0, span.length - (2 if span.denoise else 1) * block)
+    def _free_of_charge(self, sequence: Sequence) -> int:
+        """Final tokens that every forward may carry: the blocks that the last one may have finished."""
+        config = sequence.request.config
+        return config.flying.most_final * config.block_size
 
-    def _span(self, sequence: Sequence, budget: int) -> Span | None:
+    def _query(self, sequence: Sequence, budget: int) -> Query | None:
         """What this sequence does next: denoise, together with all that is not cached yet if `budget` allows."""
         block = sequence.request.config.block_size
         pending = sequence.base - sequence.cached
-        if pending == 0 or (self.fused and pending <= budget + block):
-            return Span(sequence, sequence.cached, sequence.block_end, denoise=True)
-        chunk = min(pending, (budget // block + 1) * block)
+        if pending == 0 or (self.fused and pending <= budget + self._free_of_charge(sequence)):
+            return Query(sequence, sequence.cached, sequence.base, sequence.asked)
+        chunk = min(pending, block_start(budget, block) + block)
         if budget <= 0 and pending > block:
             return None
-        return Span(sequence, sequence.cached, sequence.cached + chunk, denoise=False)
+        return Query(sequence, sequence.cached, sequence.cached + chunk, [])

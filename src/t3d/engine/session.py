@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from t3d.engine.commit import commit_step
+from t3d.decoding.flight import Row, Segment
+from t3d.engine.decide import Logits, StepEvent, decide
 from t3d.engine.kv_cache import KVCache, cache_shape
-from t3d.engine.request import Request, Sequence, Span
+from t3d.engine.request import Request, Sequence
 from t3d.engine.runner import Runner
 from t3d.engine.scheduler import Scheduler
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory
-
-_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,6 @@ class FinishedEvent:
     index: int
     sample: int
     trajectory: Trajectory
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One denoising step of a watched sequence: what was committed where. Places count from the response's start."""
-
-    index: int
-    sample: int
-    step: int
-    places: list[int]
-    token_ids: list[int]
-    confidence: list[float]
 
 
 @dataclass(frozen=True)
@@ -131,30 +118,34 @@ class Session:
         Where a sequence's logits are not numbers, raises T3DError; with `isolate` the sequence is dropped with a
         FailedEvent instead, and the others go on.
         """
-        spans = self.scheduler.plan()
-        denoising = [s.sequence for s in spans if s.denoise]
-        masks = {id(s): s.masked() for s in denoising}
-
-        def wanted(span: Span) -> np.ndarray:
-            """Positions whose logits are needed: the masked ones of the block in flight."""
-            return span.sequence.base + masks[id(span.sequence)].nonzero()[0] if span.denoise else _NOTHING
-
-        logits = self.runner.forward(self.cache, spans, wanted)
-        for span in spans:
-            span.sequence.advance(span)
-        failures = commit_step(denoising, list(masks.values()), logits, self.mask_id) if denoising else []
-        if failures and not isolate:
-            raise failures[0][1]
-        events: list[Event] = [self._fail(sequence, error) for sequence, error in failures]
-        failed = {id(sequence) for sequence, _ in failures}
+        queries = self.scheduler.plan()
+        logits = Logits(self.runner.forward(self.cache, queries), self.mask_id)
+        denoising, count = [], 0
+        for query in queries:
+            query.sequence.advance(query)
+            for segment in query.segments:
+                segment.rows, count = number(segment, count)
+            if query.denoise:
+                denoising.append(query.sequence)
+        events: list[Event] = []
+        turns = [(sequence, next(sequence.turns)) for sequence in denoising]
+        while turns:
+            rows = [(sequence, row) for sequence, some in turns for row in some]
+            failures = decide(rows, logits, events)
+            if failures and not isolate:
+                raise failures[0][1]
+            events += [self._fail(sequence, error) for sequence, error in failures]
+            failed = {id(sequence) for sequence, _ in failures}
+            going, turns = [s for s, _ in turns if id(s) not in failed], []
+            for sequence in going:
+                asked = next(sequence.turns)
+                if isinstance(asked[0], Row):
+                    turns.append((sequence, asked))
+                else:
+                    sequence.asked = asked
         for sequence in denoising:
-            if id(sequence) in failed:
-                continue
-            now = sequence.masked()
-            if sequence.watched:
-                events.append(_step_event(sequence, masks[id(sequence)] & ~now))
-            if not now.any():
-                events += self._end_block(sequence)
+            if sequence.finished and sequence in self.scheduler.running:
+                events += self._end_blocks(sequence)
         self._count(events)
         return events
 
@@ -162,22 +153,27 @@ class Session:
         self.scheduler.remove(sequence)
         return FailedEvent(sequence.request.index, sequence.request.sample, error)
 
-    def _end_block(self, sequence: Sequence) -> list[Event]:
+    def _end_blocks(self, sequence: Sequence) -> list[Event]:
+        """Tell of the blocks that have become final, up to one that ends the sequence."""
         request, prompt = sequence.request, len(sequence.request.prompt_ids)
-        first = max(sequence.base, prompt)
-        sequence.base, sequence.step = sequence.block_end, 0
-        tokens, steps = (x[first : sequence.base].tolist() for x in (sequence.tokens, sequence.step_map))
-        block = BlockEvent(request.index, request.sample, tokens, steps)
-        end = sequence.end(first, self.tokenizer)
-        if end is None:
-            return [block]
-        sequence.ended = True
-        self.scheduler.remove(sequence)
-        length, reason = end
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(sequence.tokens[prompt : prompt + length], skip_special_tokens=True)
-        return [block, FinishedEvent(request.index, request.sample, sequence.trajectory(length, reason, text))]
+        events: list[Event] = []
+        blocks, sequence.finished = sequence.finished, []
+        for block in blocks:
+            first = max(block.start, prompt)
+            tokens, steps = (x[first : block.end].tolist() for x in (sequence.tokens, sequence.step_map))
+            events.append(BlockEvent(request.index, request.sample, tokens, steps))
+            end = sequence.end(first, block.end, self.tokenizer)
+            if end is None:
+                continue
+            sequence.ended = True
+            self.scheduler.remove(sequence)
+            length, reason = end
+            text = None
+            if self.tokenizer is not None:
+                text = self.tokenizer.decode(sequence.tokens[prompt : prompt + length], skip_special_tokens=True)
+            trajectory = sequence.trajectory(block.end, length, reason, text)
+            return [*events, FinishedEvent(request.index, request.sample, trajectory)]
+        return events
 
     def _count(self, events: list[Event]) -> None:
         self.stats.count(events)
@@ -192,23 +188,16 @@ class Session:
         stats.kv_peak_tokens = cache.peak * cache.page_size
 
 
-def _step_event(sequence: Sequence, committed: np.ndarray) -> StepEvent:
-    """committed: bool (block_size,), what the step that was just made has committed of the block in flight."""
-    at = sequence.base + committed.nonzero()[0]
-    return StepEvent(
-        sequence.request.index,
-        sequence.request.sample,
-        sequence.step - 1,
-        (at - len(sequence.request.prompt_ids)).tolist(),
-        sequence.tokens[at].tolist(),
-        sequence.confidence[at].tolist(),
-    )
+def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
+    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; the new count."""
+    rows = np.where(segment.want, segment.want.cumsum() - 1 + count, -1)
+    return rows, count + int(segment.want.sum())
 
 
 def check_fits(request: Request, pages: int, page_size: int) -> None:
     """Raises T3DError if a cache of this size can never hold the request."""
-    if request.most_tokens > pages * page_size:
+    if request.most_places > pages * page_size:
         raise T3DError(
-            f"{request} can come to {request.most_tokens} positions, but the cache holds {pages * page_size} "
-            f"({pages} pages of {page_size}); raise engine.kv_cache_tokens or lower max_tokens"
+            f"{request} can come to {request.most_places} positions, but the cache holds {pages * page_size} "
+            f"({pages} pages of {page_size}); raise engine.kv_cache_tokens, or lower max_tokens or the blocks in flight"
         )

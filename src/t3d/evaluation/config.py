@@ -5,10 +5,10 @@ from itertools import product
 
 from t3d.decoding.calibration import load_decoding
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError, nearest
 
-KNOBS = tuple(sorted({s.knob.name for s in STRATEGIES.values() if s.knob}))  # what strategies have instead of steps
+KNOBS = tuple(sorted({p.speed().name for p in POLICIES.values() if p.speed()}))  # what strategies have instead of steps
 
 
 def _help(text: str, **kwargs):
@@ -47,8 +47,8 @@ class EvalConfig:
         for name in (*lists, "decoding", "seeds", "checkpoints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome
         for name in self.strategy:
-            if name not in STRATEGIES:
-                raise T3DError(f"unknown strategy {name!r}{nearest(name, STRATEGIES)}; known: {', '.join(STRATEGIES)}")
+            if name not in POLICIES:
+                raise T3DError(f"unknown strategy {name!r}{nearest(name, POLICIES)}; known: {', '.join(POLICIES)}")
         for name in lists:
             if not getattr(self, name):
                 raise T3DError(f"{name} is an empty list: give at least one value")
@@ -67,7 +67,7 @@ class EvalConfig:
         grid = []
         sampling = {"top_k": self.top_k, "top_p": self.top_p, "max_tokens": self.max_tokens, "n": self.samples}
         for name, temperature, base in product(self.strategy, self.temperature, self.seeds or [seed]):
-            knob = STRATEGIES[name].knob
+            knob = POLICIES[name].speed()
             floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
             steps = self.steps if knob is None or floor == "schedule" else [None]
             values = [{knob.name: value} for value in getattr(self, knob.name)] if knob else [{}]

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.evaluation.metrics import Speed, bootstrap, majority, pass_at_k, tokps, wilson
 from t3d.trajectories.record import Trajectory
 
@@ -56,7 +56,7 @@ class EvalRow:
 
 def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **fields) -> EvalRow:
     """The row of one setting. `config` is resolved (block size and steps set); `fields` go into the row as they are."""
-    knob = STRATEGIES[config.strategy].knob
+    knob = POLICIES[config.strategy].speed()
     knobs = {knob.name: getattr(config, knob.name)} if knob else {}
     if "threshold" in knobs:
         knobs["floor"] = config.floor

@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from t3d.answers import Job, answers
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.policy import POLICIES
 from t3d.decoding.sampling import derive_seed
-from t3d.decoding.strategies import STRATEGIES
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.evaluation.config import KNOBS
@@ -139,7 +139,7 @@ def resolve(config: DecodingConfig, model) -> DecodingConfig:
     steps = config.steps or block
     if steps > block:
         raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
-    knob = STRATEGIES[config.strategy].knob
+    knob = POLICIES[config.strategy].speed()
     used = {knob.name} if knob else {"steps"}
     if "threshold" in used:
         used |= {"floor", "steps"} if config.floor == "schedule" else {"floor"}
@@ -150,7 +150,7 @@ def resolve(config: DecodingConfig, model) -> DecodingConfig:
 def setting_name(config: DecodingConfig) -> str:
     """Folder of a resolved setting: what distinguishes the points of a grid."""
     parts = [f"block{config.block_size}", config.strategy]
-    knob = STRATEGIES[config.strategy].knob
+    knob = POLICIES[config.strategy].speed()
     if knob is None:
         parts.append(f"steps{config.steps}")
     else:

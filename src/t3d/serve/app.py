@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from t3d import __version__
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES, Policy
 from t3d.errors import T3DError
 from t3d.serve.answer import CHAT, COMPLETION, Answer, Form
 from t3d.serve.config import ServeConfig
@@ -25,7 +25,7 @@ from t3d.serve.metrics import Metrics
 from t3d.serve.model import Served
 from t3d.serve.schema import ChatBody, CompletionBody, Decoding, explain
 
-KNOBS = sorted({s.knob.name for s in STRATEGIES.values() if s.knob})
+KNOBS = sorted({p.speed().name for p in POLICIES.values() if p.speed()})
 
 
 def create_app(models: list[Served], config: ServeConfig) -> Guard:
@@ -105,11 +105,12 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     @app.get("/v1/strategies")
     async def strategies():
         """Unmasking strategies, each with the setting that trades its speed for quality."""
-        knobs = {
-            name: s.knob and {"name": s.knob.name, "slow": s.knob.slow, "fast": s.knob.fast}
-            for name, s in STRATEGIES.items()
-        }
-        return {"object": "list", "data": [{"id": name, "knob": knob} for name, knob in knobs.items()]}
+
+        def knob(policy: type[Policy]) -> dict | None:
+            f = policy.speed()
+            return f and {"name": f.name, "slow": f.metadata["slow"], "fast": f.metadata["fast"]}
+
+        return {"object": "list", "data": [{"id": name, "knob": knob(policy)} for name, policy in POLICIES.items()]}
 
     @app.get("/health")
     async def health():

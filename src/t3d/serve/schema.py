@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.strategies import STRATEGIES
+from t3d.decoding.policy import POLICIES
 from t3d.errors import nearest
 
 # OpenAI's fields that mean nothing here, and may therefore have any value
@@ -68,7 +68,7 @@ class Decoding(Strict):
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(None, description="0 is off")
     block_size: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
-    strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(STRATEGIES))
+    strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(POLICIES))
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     floor: Literal["one", "schedule"] | None = None
     entropy_bound: Annotated[float, Field(ge=0, le=1e9)] | None = None

@@ -31,12 +31,13 @@ class Trajectory:
 
     prompt_ids: list[int]
     response_ids: list[int]
-    step_map: list[int]  # denoising step (0-based, inside its block) at which each token was committed
-    confidence: list[float]  # of each token when it was committed
+    step_map: list[int]  # denoising step (0-based, inside its block) at which each token was last committed
+    confidence: list[float]  # of each token when it was last committed
     length: int  # tokens that count, through the first stop token
     finish_reason: str  # "stop" | "length"
     nfe: NFE
     block_size: int
+    revisions: list[int] | None = None  # how often each place was rewritten or masked again; None: nowhere
     seed: int = 0  # the sequence's own seed
     text: str | None = None  # decoded response_ids[:length], special tokens skipped; None without a tokenizer
     prompt_id: str = ""  # the problem this answers; resume works by (prompt_id, sample)
@@ -77,9 +78,14 @@ def validate(trajectory: Trajectory) -> Trajectory:
         f"finish_reason must be 'stop' or 'length', got {t.finish_reason!r}",
     )
     check(min(t.prompt_ids, default=0) >= 0 and min(t.response_ids) >= 0, "token ids must not be negative")
+    check(
+        t.revisions is None or len(t.revisions) == n,
+        f"revisions has {len(t.revisions or ())} entries, response_ids {n}",
+    )
+    check(min(t.revisions or (0,)) >= 0, "revisions must not be negative")
     low, high = min(t.step_map), max(t.step_map)
     check(
-        low >= 0 and high < t.block_size,
+        low >= 0 and (high < t.block_size or any(t.revisions or ())),
         f"steps count from 0 inside each block of {t.block_size}, got {low}..{high}",
     )
     # NaN stands for "not recorded" and passes: no comparison with it is true.

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory, validate
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+READABLE = ("1", FORMAT_VERSION)  # version 1 had no revisions
 VERSION_KEY, METADATA_KEY = b"t3d_format_version", b"t3d"
 UNCOMPARED = {"versions"}  # recorded with each shard, free to differ between them
 
@@ -22,6 +23,7 @@ SCHEMA = pa.schema(
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("step_map", pa.list_(pa.int16()), nullable=False),
         pa.field("confidence", pa.list_(pa.float32()), nullable=False),
+        pa.field("revisions", pa.list_(pa.int16())),  # null: nothing was revised
         pa.field("length", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("nfe_prefill", pa.int32(), nullable=False),
@@ -37,8 +39,9 @@ SCHEMA = pa.schema(
     ]
 )
 _LISTS = {"prompt_ids": np.int32, "response_ids": np.int32, "step_map": np.int16, "confidence": np.float32}
+_OPTIONAL = ("extra", "revisions")
 _NFE = ("prefill", "denoise", "commit")
-_PLAIN = [name for name in SCHEMA.names if not (name in _LISTS or name.startswith("nfe_") or name == "extra")]
+_PLAIN = [name for name in SCHEMA.names if not (name in _LISTS or name.startswith("nfe_") or name in _OPTIONAL)]
 
 
 def to_table(trajectories: list[Trajectory], metadata: dict) -> pa.Table:
@@ -46,6 +49,7 @@ def to_table(trajectories: list[Trajectory], metadata: dict) -> pa.Table:
     columns = {name: [getattr(t, name) for t in trajectories] for name in _PLAIN}
     for name, dtype in _LISTS.items():
         columns[name] = [np.asarray(getattr(t, name), dtype) for t in trajectories]
+    columns["revisions"] = [None if t.revisions is None else np.asarray(t.revisions, np.int16) for t in trajectories]
     for kind in _NFE:
         columns[f"nfe_{kind}"] = [getattr(t.nfe, kind) for t in trajectories]
     columns["extra"] = [json.dumps(t.extra) if t.extra else None for t in trajectories]
@@ -60,7 +64,8 @@ def to_trajectory(table: pa.Table, row: int) -> Trajectory:
     lists = {name: table.column(name)[row].values.to_numpy(zero_copy_only=False).tolist() for name in _LISTS}
     nfe = NFE(*(table.column(f"nfe_{kind}")[row].as_py() for kind in _NFE))
     extra = json.loads(table.column("extra")[row].as_py() or "{}")
-    return validate(Trajectory(**values, **lists, nfe=nfe, extra=extra))
+    revisions = table.column("revisions")[row].as_py() if "revisions" in table.column_names else None
+    return validate(Trajectory(**values, **lists, revisions=revisions, nfe=nfe, extra=extra))
 
 
 def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
@@ -77,12 +82,14 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
     if VERSION_KEY not in packed or METADATA_KEY not in packed:
         raise T3DError(f"{path} is Parquet but not of t3d; docs/trajectories.md gives the schema")
     version = packed[VERSION_KEY].decode()
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise T3DError(
             f"{path} has trajectory format version {version}, this t3d reads {FORMAT_VERSION}; "
             "use the t3d that wrote it, or write it again"
         )
     for field in SCHEMA:
+        if field.name == "revisions" and version == "1":
+            continue
         index = file.schema_arrow.get_field_index(field.name)
         found = None if index < 0 else file.schema_arrow.field(index).type
         if found is None or not (found == field.type or _same_list(found, field.type)):

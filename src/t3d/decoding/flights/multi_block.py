@@ -1,0 +1,93 @@
+from dataclasses import dataclass
+
+import numpy as np
+
+from t3d.blocks import Rule
+from t3d.decoding.flight import Block, Flight, Row, Segment, register
+from t3d.decoding.policy import FILLED, SHADOW
+from t3d.decoding.settings import setting
+
+
+def ask(blocks: list[Block], sequence) -> list[Segment]:
+    """Consecutive blocks as a segment, each of which sees the ones before it, and what the policy asks for besides."""
+    needs = sequence.policy.needs
+    ids = np.concatenate([b.tokens for b in blocks])
+    if FILLED in needs:
+        want = np.concatenate([~b.fixed for b in blocks])
+    else:
+        want = np.concatenate([sequence.window(b) for b in blocks])
+    whole = Segment(blocks[0].start, ids, want)
+    if SHADOW not in needs:
+        return [whole]
+    filled = (ids != sequence.mask_id) & ~np.concatenate([b.fixed for b in blocks])
+    return [whole, Segment(whole.start, np.full_like(ids, sequence.mask_id), filled, Rule.EXCEPT, of=whole)]
+
+
+def row(block: Block, segments: list[Segment], **about) -> Row:
+    """The row of a block that `ask` asked for."""
+    first = block.start - segments[0].start
+    mine = slice(first, first + len(block.tokens))
+    shadow = segments[1].rows[mine] if len(segments) > 1 else None
+    return Row(block, segments[0].rows[mine], shadow=shadow, **about)
+
+
+def complete(block: Block, policy) -> bool:
+    """Nothing is masked and, where the policy looks at filled places too, nothing changed any more."""
+    return not block.masked().any() and not (FILLED in policy.needs and block.changed)
+
+
+@register("multi_block")
+@dataclass(frozen=True)
+class MultiBlock(Flight):
+    """Up to `blocks_in_flight` consecutive blocks are noisy at once; one is the ordinary decoder.
+
+    Each block sees everything final, itself and the noisy ones before it. The next one enters when `enter` of the last one
+    is decided; a block must advance if it is the first, or `force` of the one before is decided. A block is final when it
+    is complete and all before it are. MultiBD of MBD-LMs (arXiv 2606.29215) and Diffulex (engine/dllm_block.py).
+    """
+
+    blocks_in_flight: int = setting(1, "blocks of a sequence decoded at once; 1: one after the other", low=1, high=64)
+    enter: float = setting(0.1, "share of the last block that is decided before the next enters", low=0, high=1)
+    force: float = setting(
+        0.25, "share of the block before that is decided before a block must advance; above 1: only the first", low=0
+    )
+
+    @property
+    def most_final(self) -> int:
+        return self.blocks_in_flight
+
+    def scratch_blocks(self, policy) -> int:
+        return self.blocks_in_flight if SHADOW in policy.needs else 0
+
+    def must(self, blocks: list[Block], depth: int) -> bool:
+        return depth == 0 or blocks[depth - 1].progress >= self.force
+
+    def run(self, sequence):
+        policy, blocks = sequence.policy, [sequence.new_block(sequence.base)]
+        while True:
+            segments = ask(blocks, sequence)
+            yield segments
+            yield [
+                row(
+                    block,
+                    segments,
+                    depth=depth,
+                    progress=blocks[depth - 1].progress if depth else 1.0,
+                    must=self.must(blocks, depth),
+                )
+                for depth, block in enumerate(blocks)
+                if not complete(block, policy)
+            ]
+            while blocks and complete(blocks[0], policy):
+                sequence.finish(blocks.pop(0))
+            while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
+                blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
+
+    def enters(self, blocks: list[Block], sequence) -> bool:
+        if not blocks:
+            return True
+        last = blocks[-1]
+        if last.end >= sequence.request.most_tokens or last.progress < self.enter:
+            return False
+        stops = sequence.request.config.stop_ids  # behind one nothing counts
+        return not any(np.isin(b.tokens[~b.fixed], stops).any() for b in blocks)

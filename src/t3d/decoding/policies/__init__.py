@@ -1,0 +1,1 @@
+"""One policy per file; every module here is imported by `t3d.decoding.config`."""

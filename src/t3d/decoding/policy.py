@@ -1,0 +1,192 @@
+"""Decoding policies: which places of a block are committed, rewritten or masked again at a step.
+
+A policy is a frozen dataclass of its own settings with one pure function, `decide`, over a batch of block rows. A row is
+one block in flight of one sequence. The caller keeps the laws (`laws.py`), so a policy may say more than is allowed.
+Adding one is a file in `policies/`, or a module that an installed package names under the entry point `t3d.policies`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from copy import copy
+from dataclasses import Field, dataclass, fields
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from t3d.errors import T3DError, nearest
+
+# What a policy may ask for besides confidences (`Policy.needs`)
+ENTROPY = "entropy"  # nats of the untempered distribution at masked places
+UNIFORM = "uniform"  # a number in [0, 1) per place, from the sequence's own seed
+FILLED = "filled"  # predictions at filled places too; the block ends when a forward changes nothing
+SHADOW = "shadow"  # the probability of each filled token where everything but itself is seen
+STOP = "stop"  # whether the proposed token ends the response
+NEEDS = frozenset({ENTROPY, UNIFORM, FILLED, SHADOW, STOP})
+
+
+@dataclass
+class View:
+    """What a policy sees; a row is one block at one step.
+
+    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool (rows,
+    block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token drawn at
+    each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
+    quota: int64 (rows,), k_s, never more than the masks in the window. step: int64 (rows,), steps of this block that
+    changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
+    progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be
+    committed, the most confident if the policy chooses none.
+    entropy: float32 (rows, block), inf where not masked. uniform: float32 (rows, block). expected: int64 and certainty:
+    float32 (rows, block), the likeliest token at filled places and its probability, -inf elsewhere (FILLED). shadow:
+    float32 (rows, block), probability of the filled token, inf where masked or the prompt's (SHADOW). stop: bool (rows,
+    block), the proposal ends the response (STOP). The last six are None unless a policy asks.
+    """
+
+    tokens: Tensor
+    fixed: Tensor
+    masked: Tensor
+    proposal: Tensor
+    confidence: Tensor
+    quota: Tensor
+    step: Tensor
+    steps: Tensor
+    depth: Tensor
+    progress: Tensor
+    must: Tensor
+    entropy: Tensor | None = None
+    uniform: Tensor | None = None
+    expected: Tensor | None = None
+    certainty: Tensor | None = None
+    shadow: Tensor | None = None
+    stop: Tensor | None = None
+
+    def rows(self, index: Tensor) -> "View":
+        """The batch cut to some of its rows."""
+        cut = {f.name: getattr(self, f.name) for f in fields(self)}
+        return View(**{name: None if value is None else value[index] for name, value in cut.items()})
+
+
+@dataclass
+class Decision:
+    """commit: bool (rows, block). rewrite: int64 (rows, block), another token for a filled place, the same where none.
+    remask: bool (rows, block), filled places that become masks again."""
+
+    commit: Tensor
+    rewrite: Tensor | None = None
+    remask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """State that is born and dies with the block. shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab)."""
+
+    shape: str = "row"
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+
+    def new(self, block_size: int, vocabulary: int, device=None) -> Tensor:
+        size = {"row": (1,), "place": (block_size,), "vocabulary": (block_size, vocabulary)}[self.shape]
+        return torch.full(size, self.fill, dtype=self.dtype, device=device)
+
+
+class Knobs:
+    """A policy's settings over a batch: an attribute per setting, (rows, 1); of a text, the index of the choice."""
+
+    def __init__(self, policies: list["Policy"]):
+        for f in fields(policies[0]):
+            values = [getattr(p, f.name) for p in policies]
+            if f.metadata["choices"]:
+                values = [f.metadata["choices"].index(value) for value in values]
+            dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+            setattr(self, f.name, torch.tensor(values, dtype=dtype)[:, None])
+
+    def rows(self, index: Tensor, device: torch.device) -> "Knobs":
+        """The settings of some rows, on a device."""
+        cut = copy(self)
+        vars(cut).update({name: value[index].to(device) for name, value in vars(self).items()})
+        return cut
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies; see the module's text."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    memory: ClassVar[dict[str, Memory]] = {}
+    scheduled: ClassVar[bool] = False  # commits just `quota` masks at every step, so `steps` sets the speed
+
+    def decide(self, view: View, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor | Decision:
+        """What happens now, for all rows at once; `self` is one row's settings and not to be read, `knobs` has all rows'.
+
+        memory: name -> (rows, *shape); what is written into it is there at the block's next step.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def adjust(cls, logits: Tensor, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor:
+        """Logits to use instead. logits: float32 (n, vocab) of n masked places; knobs: (n, 1), on the logits' device;
+        memory: name -> (n, ...) of these places, which may be written to. Called only where overridden."""
+        return logits
+
+    @classmethod
+    def speed(cls) -> Field | None:
+        """The setting that trades speed for quality; None where `steps` does."""
+        return next((f for f in fields(cls) if f.metadata.get("slow") is not None), None)
+
+
+POLICIES: dict[str, type[Policy]] = {}
+
+
+def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
+    """Class decorator: makes the policy known under the name that `strategy` takes."""
+
+    def add(cls: type[Policy]) -> type[Policy]:
+        cls.name = name
+        if unknown := cls.needs - NEEDS:
+            raise T3DError(
+                f"policy {name!r} needs {min(unknown)!r}, which no view has; known: {', '.join(sorted(NEEDS))}"
+            )
+        POLICIES[name] = cls
+        return cls
+
+    return add
+
+
+def load_all(package: str, group: str) -> None:
+    """Import every module of a package, and those that installed packages name under an entry point."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    for point in entry_points(group=group):
+        point.load()
+
+
+def check_name(kind: str, name: str, known: dict) -> None:
+    """Raises T3DError, with the nearest name, if `name` is none of the known."""
+    if name not in known:
+        raise T3DError(f"unknown {kind} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def step_quota(block_size: int, steps: int, step: int) -> int:
+    """k_s: tokens to commit at a step, `block_size // steps` and one more for the first `block_size % steps` steps."""
+    return block_size // steps + (step < block_size % steps)
+
+
+def rank(score: Tensor) -> Tensor:
+    """Place of each entry when its row is sorted in descending order; of equals, the leftmost first. (rows, block)"""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(dim=-1)
+
+
+def best(score: Tensor, count: Tensor) -> Tensor:
+    """The `count` (rows,) highest of each row; of equals, the leftmost. bool (rows, block)"""
+    return rank(score) < count[:, None]
+
+
+def sorted_entropy(view: View) -> tuple[Tensor, Tensor]:
+    """Ranks by ascending entropy, and at each place the sum of the entropies up to it in that order. (rows, block)"""
+    place = rank(-view.entropy)
+    total = view.entropy.sort(dim=-1, stable=True).values.cumsum(-1)
+    return place, total.gather(-1, place)
