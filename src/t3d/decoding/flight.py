@@ -109,8 +109,8 @@ class Flight:
         """Raises T3DError if it cannot work with this policy and these settings."""
 
     def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], None, None]":
-        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order. After that
-        the generator is only resumed if the sequence has not ended."""
+        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order. It may return
+        when they hold all that can count; what it yields behind a block that ends the sequence is not done."""
         raise NotImplementedError
 
 

@@ -133,7 +133,7 @@ class _Batch:
             min(step_quota(c.block_size, c.steps, b.step), n)
             for c, b, n in zip(configs, self.blocks, masked.sum(1).tolist(), strict=True)
         ]
-        inside = confidence if FILLED not in needs else confidence.where(open_, -torch.inf)
+        inside = confidence.where(open_, -torch.inf)
         view = View(
             tokens=torch.from_numpy(tokens),
             fixed=torch.from_numpy(fixed),

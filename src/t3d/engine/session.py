@@ -128,7 +128,7 @@ class Session:
             if query.denoise:
                 denoising.append(query.sequence)
         events: list[Event] = []
-        turns = [(sequence, next(sequence.turns)) for sequence in denoising]
+        turns = [(sequence, sequence.turns.send(logits)) for sequence in denoising]
         while turns:
             rows = [(sequence, row) for sequence, some in turns for row in some]
             failures = decide(rows, logits, events)
@@ -138,8 +138,8 @@ class Session:
             failed = {id(sequence) for sequence, _ in failures}
             going, turns = [s for s, _ in turns if id(s) not in failed], []
             for sequence in going:
-                asked = next(sequence.turns)
-                if isinstance(asked[0], Row):
+                asked = next(sequence.turns, [])
+                if asked and isinstance(asked[0], Row):
                     turns.append((sequence, asked))
                 else:
                     sequence.asked = asked

@@ -80,6 +80,8 @@ class MultiBlock(Flight):
             ]
             while blocks and complete(blocks[0], policy):
                 sequence.finish(blocks.pop(0))
+            if not blocks and sequence.base >= sequence.request.most_tokens:
+                return
             while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
                 blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
 
