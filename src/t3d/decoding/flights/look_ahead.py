@@ -11,7 +11,6 @@ from t3d.decoding.policy import SHADOW, step_quota
 from t3d.decoding.settings import setting
 from t3d.errors import T3DError
 
-
 State = list[Block]  # where decoding is, or would be: complete blocks that are not final, and the one to decide next
 
 
@@ -25,7 +24,10 @@ def following(state: State, sequence) -> State | None:
     last = state[-1]
     if not complete(last, sequence.policy):
         return state
-    if last.end >= sequence.request.most_tokens or np.isin(last.tokens[~last.fixed], sequence.request.config.stop_ids).any():
+    if (
+        last.end >= sequence.request.most_tokens
+        or np.isin(last.tokens[~last.fixed], sequence.request.config.stop_ids).any()
+    ):
         return None
     return [*state, sequence.new_block(last.end)]
 
@@ -78,12 +80,12 @@ class Guess:
 class LookAhead(Flight):
     """The tokens, step map and confidences of one block in flight, in fewer forwards.
 
-    A forward carries the state that decoding is in, with the next blocks masked behind it, and beside it up to `depth`
-    copies: the states that follow if drafts are right, the first of the next state, the second of the one after it.
-    Decisions are made in their order: where what decoding gives is the draft, the copy's logits are valid and the next
-    decision follows in the same forward. Drafts are decisions on logits of a state that has passed. At one step per
-    block a state is a block; with more, it is a step. Nothing is approximate, with a temperature neither, since a place's
-    random number depends on seed, position and step alone.
+    A forward carries the state that decoding is in and, in copies beside it, the `depth` states that seem most likely to
+    follow. The policy decides on the true state; where a copy shows the state that this leads to, its logits are those
+    that decoding would compute next, and the next decision follows in the same forward. Where none does, nothing is lost
+    but the extra tokens. A state is a block at a step: with one step per block, drafts are of whole blocks. Drafts are
+    the policy's own decisions on logits of states that have passed. Nothing is approximate, with a temperature neither,
+    since a place's random number depends on seed, position and step alone.
 
     Lossless drafts by the model itself are also in SSD (arXiv 2510.04147) and Spiffy (arXiv 2509.18085), within a block.
     """
@@ -95,7 +97,7 @@ class LookAhead(Flight):
         return self.depth + 1
 
     def scratch_blocks(self, policy) -> int:
-        blocks = sum(copy + 1 + self.depth for copy in range(self.depth + 1))
+        blocks = sum(draft + 2 for draft in range(self.depth + 1))  # complete ones, the current one, one behind it
         return (2 if SHADOW in policy.needs else 1) * blocks - 1
 
     def check(self, policy, config) -> None:
@@ -123,24 +125,20 @@ class LookAhead(Flight):
             state = state[-1:]
 
     def copy(self, state: State, sequence) -> Copy:
-        """The state and, behind it, as many masked blocks as drafts may come to be about."""
+        """The state and, where drafts may come to be about it, the next block, masked."""
         blocks = [block.copy() for block in state]  # as they are now
-        for _ in range(self.blocks_ahead(state[-1], sequence)):
-            if blocks[-1].end < sequence.request.most_tokens:
-                blocks.append(sequence.new_block(blocks[-1].end))
+        last = blocks[-1]
+        if last.end < sequence.request.most_tokens and self.may_complete(last, sequence):
+            blocks.append(sequence.new_block(last.end))
         return Copy(blocks, ask(blocks, sequence))
 
-    def blocks_ahead(self, block: Block, sequence) -> int:
-        """Blocks that can be complete before the last draft is made: one per draft, fewer by a schedule."""
-        config, ahead = sequence.request.config, 0
+    def may_complete(self, block: Block, sequence) -> bool:
+        """Whether the decisions before the last draft can complete the block."""
+        config, left = sequence.request.config, int(block.masked().sum())
         if not sequence.policy.scheduled or config.window is not None:
-            return self.depth
-        left, step = int(block.masked().sum()), block.step
-        for _ in range(self.depth):
-            left, step = left - step_quota(config.block_size, config.steps, step), step + 1
-            if left <= 0:
-                left, step, ahead = config.block_size, 0, ahead + 1
-        return ahead
+            return True
+        steps = range(block.step, block.step + self.depth)
+        return left <= sum(step_quota(config.block_size, config.steps, step) for step in steps)
 
     def drafts(self, state: State, copies: list[Copy], logits, sequence):
         """The most probable states that may follow, by the logits of the forward that led to `state`.
@@ -198,5 +196,4 @@ def second_choice(guess: Guess, sequence) -> Guess | None:
     if after is None:
         return None
     first = guess.others[guess.tried - 1][0] if guess.tried else 1.0
-    flipped = Guess(after, guess.decided, guess.probability / first * ratio, guess.others, guess.tried + 1)
-    return flipped
+    return Guess(after, guess.decided, guess.probability / first * ratio, guess.others, guess.tried + 1)
