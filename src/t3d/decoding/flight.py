@@ -1,9 +1,9 @@
 """Flights: what a sequence's next forward computes, and what its answers make final.
 
 A flight is a frozen dataclass of its own settings with one generator, `run`. It yields either a list of `Segment`s, the
-tokens that the next forward carries beside those that are final, or a list of `Row`s, block rows for the policy to decide on
-with that forward's logits. All sequences of a batch take these turns together. Adding one is a file in `flights/`, or a
-module that an installed package names under the entry point `t3d.flights`.
+tokens that the next forward carries beside those that are final, and gets that forward's logits; or a list of `Row`s,
+block rows for the policy to decide on by these logits. All sequences of a batch take these turns together. Adding one is
+a file in `flights/`, or a module that an installed package names under the entry point `t3d.flights`.
 """
 
 from collections.abc import Callable, Generator
@@ -17,6 +17,7 @@ from t3d.blocks import Rule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from t3d.engine.decide import Logits
     from t3d.engine.request import Sequence
 
 
@@ -62,8 +63,8 @@ class Block:
 class Segment:
     """Consecutive tokens of one sequence in one forward, in places of their own behind what is final.
 
-    `ids` int64 (n,); `want` bool (n,), whose logits are wanted. After the forward `rows` int64 (n,) says which row of the
-    logits each has, -1 for none. of: the segment that the rules NEXT and EXCEPT look at, an earlier one of this forward.
+    `ids` int64 (n,); `want` bool (n,), whose logits are wanted. After the forward `rows` int64 (n,) says which row of
+    the logits each has, -1 for none. of: the segment that the rules NEXT and EXCEPT look at, an earlier one here.
     """
 
     start: int  # absolute position of the first token
@@ -79,7 +80,7 @@ class Segment:
 
 @dataclass(eq=False)
 class Row:
-    """One block for the policy to decide on. logits: int64 (block_size,), its places' rows of the logits, -1 for none."""
+    """A block for the policy to decide on. logits: int64 (block_size,), its places' rows of the logits, -1 for none."""
 
     block: Block
     logits: np.ndarray
@@ -108,9 +109,11 @@ class Flight:
     def check(self, policy, config) -> None:
         """Raises T3DError if it cannot work with this policy and these settings."""
 
-    def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], None, None]":
-        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order. It may return
-        when they hold all that can count; what it yields behind a block that ends the sequence is not done."""
+    def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
+        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order.
+
+        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not done.
+        """
         raise NotImplementedError
 
 

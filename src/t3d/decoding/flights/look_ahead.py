@@ -1,5 +1,4 @@
-"""Exact look-ahead: one forward decodes the next state and, in copies of their own, the states that would follow if drafts of
-an earlier forward were right."""
+"""Exact look-ahead: one forward decodes the next state and, in copies of their own, states that may follow."""
 
 from dataclasses import dataclass
 
@@ -80,14 +79,15 @@ class Guess:
 class LookAhead(Flight):
     """The tokens, step map and confidences of one block in flight, in fewer forwards.
 
-    A forward carries the state that decoding is in and, in copies beside it, the `depth` states that seem most likely to
-    follow. The policy decides on the true state; where a copy shows the state that this leads to, its logits are those
-    that decoding would compute next, and the next decision follows in the same forward. Where none does, nothing is lost
-    but the extra tokens. A state is a block at a step: with one step per block, drafts are of whole blocks. Drafts are
+    A forward carries the state that decoding is in and, in copies beside it, the `depth` states that seem most likely
+    to follow. The policy decides on the true state; where a copy shows the state that this leads to, its logits are
+    those that decoding would compute next, and the next decision follows in the same forward. Where none does, nothing
+    is lost but the extra tokens. A state is a block at a step: with one step per block, drafts are of whole blocks. Drafts are
     the policy's own decisions on logits of states that have passed. Nothing is approximate, with a temperature neither,
     since a place's random number depends on seed, position and step alone.
 
-    Lossless drafts by the model itself are also in SSD (arXiv 2510.04147) and Spiffy (arXiv 2509.18085), within a block.
+    Lossless drafts by the model itself are also in SSD (arXiv 2510.04147) and Spiffy (arXiv 2509.18085), within a
+    block.
     """
 
     depth: int = setting(1, "drafts that a forward checks", low=1, high=3)

@@ -41,9 +41,9 @@ def complete(block: Block, policy) -> bool:
 class MultiBlock(Flight):
     """Up to `blocks_in_flight` consecutive blocks are noisy at once; one is the ordinary decoder.
 
-    Each block sees everything final, itself and the noisy ones before it. The next one enters when `enter` of the last one
-    is decided; a block must advance if it is the first, or `force` of the one before is decided. A block is final when it
-    is complete and all before it are. MultiBD of MBD-LMs (arXiv 2606.29215) and Diffulex (engine/dllm_block.py).
+    Each block sees everything final, itself and the noisy ones before it. The next one enters when `enter` of the last
+    one is decided; a block must advance if it is the first, or `force` of the one before is decided. A block is final
+    when it is complete and all before it are. MultiBD of MBD-LMs (arXiv 2606.29215) and Diffulex (dllm_block.py).
     """
 
     blocks_in_flight: int = setting(1, "blocks of a sequence decoded at once; 1: one after the other", low=1, high=64)
