@@ -2,8 +2,8 @@
 
 A flight is a frozen dataclass of its own settings with one generator, `run`. It yields either a list of `Segment`s, the
 tokens that the next forward carries beside those that are final, and gets that forward's logits; or a list of `Row`s,
-block rows for the policy to decide on by these logits. All sequences of a batch take these turns together. Adding one is
-a file in `flights/`, or a module that an installed package names under the entry point `t3d.flights`.
+block rows for the policy to decide on by these logits. All sequences of a batch take these turns together. Adding one
+is a file in `flights/`, or a module that an installed package names under the entry point `t3d.flights`.
 """
 
 from collections.abc import Callable, Generator
@@ -112,7 +112,8 @@ class Flight:
     def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
         """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order.
 
-        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not done.
+        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not
+        done.
         """
         raise NotImplementedError
 

@@ -32,8 +32,8 @@ class View:
     """What a policy sees; a row is one block at one step.
 
     tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool
-    (rows, block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token drawn at
-    each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
+    (rows, block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token
+    drawn at each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
     quota: int64 (rows,), k_s, never more than the masks in the window. step: int64 (rows,), steps of this block that
     changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
     progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be

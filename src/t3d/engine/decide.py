@@ -1,4 +1,4 @@
-"""The policies decide on a batch of block rows: a token is drawn for each place that was asked; what is lawful is done."""
+"""Policies decide on a batch of block rows: a token is drawn for each place that was asked; what is lawful is done."""
 
 from dataclasses import dataclass
 

@@ -23,10 +23,8 @@ def following(state: State, sequence) -> State | None:
     last = state[-1]
     if not complete(last, sequence.policy):
         return state
-    if (
-        last.end >= sequence.request.most_tokens
-        or np.isin(last.tokens[~last.fixed], sequence.request.config.stop_ids).any()
-    ):
+    stops = np.isin(last.tokens[~last.fixed], sequence.request.config.stop_ids)
+    if last.end >= sequence.request.most_tokens or stops.any():
         return None
     return [*state, sequence.new_block(last.end)]
 
@@ -82,9 +80,9 @@ class LookAhead(Flight):
     A forward carries the state that decoding is in and, in copies beside it, the `depth` states that seem most likely
     to follow. The policy decides on the true state; where a copy shows the state that this leads to, its logits are
     those that decoding would compute next, and the next decision follows in the same forward. Where none does, nothing
-    is lost but the extra tokens. A state is a block at a step: with one step per block, drafts are of whole blocks. Drafts are
-    the policy's own decisions on logits of states that have passed. Nothing is approximate, with a temperature neither,
-    since a place's random number depends on seed, position and step alone.
+    is lost but the extra tokens. A state is a block at a step: with one step per block, drafts are of whole blocks.
+    Drafts are the policy's own decisions on logits of states that have passed. Nothing is approximate, with a
+    temperature neither, since a place's random number depends on seed, position and step alone.
 
     Lossless drafts by the model itself are also in SSD (arXiv 2510.04147) and Spiffy (arXiv 2509.18085), within a
     block.
