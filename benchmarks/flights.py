@@ -5,8 +5,8 @@
 Every setting decodes the same word problems of the dev split, greedily; a round times each of them once, and the table
 has medians over rounds. `forward` is the time of a forward relative to the first setting of its group, one block in
 flight with the same policy; `speed` is tokens per second, likewise. Look-ahead writes the tokens of that first setting
-(checked), so it pays where `forward` is below its gain in tokens per forward: `needs` is the share of forwards that would
-have to confirm a draft, `has` the share that does.
+(checked), so it pays where `forward` is below its gain in tokens per forward: `needs` is the share of forwards that
+would have to confirm a draft, `has` the share that does.
 """
 
 import argparse
