@@ -7,7 +7,7 @@ is a file in `flights/`, or a module that an installed package names under the e
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -96,6 +96,17 @@ class Flight:
     """Base of all flights; see the module's text."""
 
     name: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """What tables call it beside a policy; empty for one block after the other."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return " ".join([self.name.replace("_", " "), *(f"{value:g}" for value in values)])
+
+    @property
+    def used(self) -> set[str]:
+        """Its settings that make a difference as they are."""
+        return {f.name for f in fields(self)}
 
     @property
     def most_final(self) -> int:

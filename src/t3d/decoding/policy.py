@@ -118,6 +118,11 @@ class Policy:
     memory: ClassVar[dict[str, Memory]] = {}
     scheduled: ClassVar[bool] = False  # commits just `quota` masks at every step, so `steps` sets the speed
 
+    @property
+    def uses_steps(self) -> bool:
+        """Whether it looks at `view.quota` as a schedule, so that the setting `steps` matters."""
+        return self.scheduled
+
     def decide(self, view: View, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor | Decision:
         """What happens now, for all rows at once. `knobs` has the settings of all rows, `self` only those of the first.
 

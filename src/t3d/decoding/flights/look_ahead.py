@@ -91,6 +91,10 @@ class LookAhead(Flight):
     depth: int = setting(1, "drafts that a forward checks", low=1, high=3)
 
     @property
+    def label(self) -> str:
+        return f"look-ahead {self.depth}"
+
+    @property
     def most_final(self) -> int:
         return self.depth + 1
 

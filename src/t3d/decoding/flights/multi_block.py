@@ -53,6 +53,18 @@ class MultiBlock(Flight):
     )
 
     @property
+    def label(self) -> str:
+        if self.blocks_in_flight == 1:
+            return ""
+        return f"{self.blocks_in_flight} blocks" + (
+            "" if self == MultiBlock(self.blocks_in_flight) else f" ({self.enter:g}, {self.force:g})"
+        )
+
+    @property
+    def used(self) -> set[str]:
+        return {"blocks_in_flight"} if self.blocks_in_flight == 1 else super().used
+
+    @property
     def most_final(self) -> int:
         return self.blocks_in_flight
 

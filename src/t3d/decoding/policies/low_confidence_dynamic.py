@@ -16,6 +16,10 @@ class LowConfidenceDynamic(Policy):
         "one", "fewest tokens a step commits: 'one', or 'schedule' for k_s", choices=("one", "schedule")
     )
 
+    @property
+    def uses_steps(self):
+        return self.floor == "schedule"
+
     def decide(self, view, knobs, memory):
         count = view.quota.where(knobs.floor[:, 0] == 1, view.quota.clamp(max=1).where(view.must, 0))
         return (view.confidence > knobs.threshold) | best(view.confidence, count)
