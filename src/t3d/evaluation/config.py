@@ -43,7 +43,7 @@ class EvalConfig:
     )
 
     def __post_init__(self):
-        lists = ("steps", "strategy", "temperature", *KNOBS)
+        lists = ("steps", "strategy", "temperature", *(name for name in KNOBS if hasattr(self, name)))
         for name in (*lists, "decoding", "seeds", "checkpoints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome
         for name in self.strategy:
@@ -70,7 +70,8 @@ class EvalConfig:
             knob = POLICIES[name].speed()
             floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
             steps = self.steps if knob is None or floor == "schedule" else [None]
-            values = [{knob.name: value} for value in getattr(self, knob.name)] if knob else [{}]
+            default = (getattr(DecodingConfig, knob.name),) if knob else ()
+            values = [{knob.name: value} for value in getattr(self, knob.name, default)] if knob else [{}]
             for value, count in product(values, steps):
                 grid.append(
                     DecodingConfig(

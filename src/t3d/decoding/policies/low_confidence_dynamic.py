@@ -7,7 +7,7 @@ from t3d.decoding.settings import setting
 @register("low_confidence_dynamic")
 @dataclass(frozen=True)
 class LowConfidenceDynamic(Policy):
-    """All with confidence above the threshold, and at least `floor` of the most confident (Fast-dLLM; SDAR's sampler)."""
+    """All above the threshold, and at least `floor` of the most confident (Fast-dLLM; SDAR's sampler)."""
 
     threshold: float = setting(
         0.9, "commit above this confidence", low=0, high=1, slow=1.0, fast=0.0, values=(0.99, 0.95, 0.9, 0.8, 0.7)
