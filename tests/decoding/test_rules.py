@@ -1,8 +1,13 @@
 """The published rules against their definitions in loops, on random numbers and end to end, with no cache."""
 
 import math
+import os
 import random
-from dataclasses import dataclass, field, fields
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
 from t3d.decoding.laws import MOST_REVISIONS, lawful
-from t3d.decoding.policy import POLICIES, Knobs, View, step_quota
+from t3d.decoding.policy import FILLED, NEEDS, POLICIES, SHADOW, Decision, Knobs, Memory, Policy, View, step_quota
 from t3d.decoding.sampling import uniform
 from t3d.engine import Engine
 from tests.conftest import make_model
@@ -478,7 +483,10 @@ def test_engine_equals_a_plain_sampler_that_follows_the_definition(model, names,
     """Blocks of different sizes and, in the last case, different rules in one batch; prompts end inside blocks."""
     prompts = prompts_for(data, data.draw(st.integers(1, 3)))
     some = [data.draw(configs(names)) for _ in prompts]
-    for t, prompt, config in zip(Engine(model).generate(prompts, some), prompts, some, strict=True):
+    longest = max(len(p) + c.max_tokens + 2 * c.block_size for p, c in zip(prompts, some, strict=True))
+    room = data.draw(st.sampled_from([None, -(-longest // 4) * 4]))  # that of one: the others yield and start over
+    engine = Engine(model, page_size=4, kv_cache_tokens=room)
+    for t, prompt, config in zip(engine.generate(prompts, some), prompts, some, strict=True):
         ids, steps, confidence, revisions, length, reason, forwards = reference_sample(model, prompt, config, t.seed)
         assert (t.response_ids, t.step_map, t.revisions or [0] * len(ids)) == (ids, steps, revisions)
         assert t.confidence == pytest.approx(confidence, abs=1e-4)
@@ -491,7 +499,7 @@ def test_every_rule_ends_with_blocks_in_flight_too(model, data):
     """No mask is left, and no block takes more forwards than commits and revisions can."""
     prompts = prompts_for(data, 3)
     some = [data.draw(configs(sorted(RULES))) for _ in prompts]
-    some = [DecodingConfig(**{**vars_of(c), "blocks_in_flight": data.draw(st.integers(2, 3))}) for c in some]
+    some = [replace(c, blocks_in_flight=data.draw(st.integers(2, 3))) for c in some]
     for t, config in zip(Engine(model).generate(prompts, some), some, strict=True):
         assert model.config.mask_token_id not in t.response_ids
         assert max(t.revisions or [0]) <= MOST_REVISIONS
@@ -499,5 +507,188 @@ def test_every_rule_ends_with_blocks_in_flight_too(model, data):
         assert t.nfe.denoise <= blocks * (config.block_size * (1 + MOST_REVISIONS) + 1)
 
 
-def vars_of(config):
-    return {f.name: getattr(config, f.name) for f in fields(config)}
+@dataclass(frozen=True)
+class Restless(Policy):
+    """Wants everything at once: all masks committed, all that is filled masked again or replaced by the next token."""
+
+    name = "restless"
+    needs = frozenset({FILLED, SHADOW})
+
+    def decide(self, view, knobs, memory):
+        odd = torch.arange(view.tokens.shape[1]) % 2 == 1
+        other = ((view.tokens + 1) % 60).where(odd, view.tokens)
+        return Decision(torch.ones_like(view.masked), other, torch.ones_like(view.masked))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_revisions_end_whatever_a_policy_says(model, data):
+    size = data.draw(st.integers(1, 8))
+    [prompt] = prompts_for(data, 1)
+    about = {"max_tokens": 9, "stop_ids": (), "blocks_in_flight": data.draw(st.integers(1, 3))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(POLICIES, "restless", Restless)
+        [t] = Engine(model).generate([prompt], DecodingConfig(strategy="restless", block_size=size, **about))
+    assert t.length == 9
+    assert model.config.mask_token_id not in t.response_ids
+    odd = [(len(prompt) + i) % size % 2 == 1 for i in range(len(t.response_ids))]
+    assert all(n == MOST_REVISIONS for n, edited in zip(t.revisions or [0] * len(odd), odd, strict=True) if edited)
+
+
+class Watcher:
+    """A policy that looks, with a memory of each shape, and commits the leftmost."""
+
+    def __init__(self):
+        self.views, self.memories = [], []
+        watcher = self
+
+        @dataclass(frozen=True)
+        class Watching(Policy):
+            name = "watching"
+            needs = NEEDS
+            memory: ClassVar = {
+                "row": Memory(dtype=torch.int64),
+                "place": Memory("place", torch.int64),
+                "vocabulary": Memory("vocabulary", fill=1.0),
+            }
+
+            @classmethod
+            def adjust(cls, logits, knobs, memory):
+                memory["place"] += 1
+                memory["vocabulary"] *= 2
+                return logits
+
+            def decide(self, view, knobs, memory):
+                watcher.views.append(view)
+                memory["row"] += 1
+                watcher.memories.append({name: value.clone() for name, value in memory.items()})
+                return view.masked & (view.masked.cumsum(-1) == 1)
+
+        self.policy = Watching
+
+
+def test_policies_see_what_is_promised_and_remember_by_the_block(model):
+    """Two sequences with blocks of 3 and 5 and windows of 2, in one batch; every token ends one of them."""
+    watcher, mask_id = Watcher(), model.config.mask_token_id
+    prompts = [[7, 8], [9, 10, 11, 12, 13, 14]]
+    sizes, ends = (3, 5), ((), tuple(range(mask_id)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(POLICIES, "watching", watcher.policy)
+        about = {"strategy": "watching", "window": 2, "max_tokens": 4, "temperature": 1.0}
+        some = [DecodingConfig(block_size=n, stop_ids=stops, **about) for n, stops in zip(sizes, ends, strict=True)]
+        Engine(model).generate(prompts, some)
+    assert len(watcher.views[0].tokens) == 2
+    for v in watcher.views:
+        filled = (v.tokens != mask_id) & ~v.fixed
+        assert not (v.masked & (filled | v.fixed)).any()
+        for grid, asked, other in (
+            (v.confidence, v.masked, -math.inf),
+            (v.entropy, v.masked, math.inf),
+            (v.certainty, filled, -math.inf),
+            (v.shadow, filled, math.inf),
+        ):
+            assert grid[asked].isfinite().all()
+            assert (grid[~asked] == other).all()
+        assert (v.masked.sum(-1) <= 2).all()
+        assert not (v.stop & ~v.masked).any()
+    first, shapes = watcher.views[0], [tuple(m.shape) for m in watcher.memories[0].values()]
+    assert shapes == [(2, 1), (2, 5), (2, 5, model.config.vocab_size)]
+    assert first.fixed.tolist() == [[True, True, False, True, True], [True, False, False, False, False]]
+    assert first.stop.tolist() == [[False] * 5, first.masked[1].tolist()]
+    # the second sequence: masks 1 (alone in its piece), then 2, 3 and 4, and a last look that changes nothing
+    rows = [m["row"][1, 0].item() for m in watcher.memories[:5]]
+    assert rows == [1, 2, 3, 4, 5]
+    places = [m["place"][1].tolist() for m in watcher.memories[:5]]
+    assert places == [[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 2, 0], [0, 1, 1, 2, 1], [0, 1, 1, 2, 1]]
+    for m in watcher.memories:
+        assert (m["vocabulary"] == 2.0 ** m["place"][:, :, None]).all()
+    # the first one's block of 3 is full after its first look and done after its second; then the next block begins anew
+    assert [m["row"][0, 0].item() for m in watcher.memories[:4]] == [1, 2, 1, 2]
+    assert [m["place"][0].tolist()[:3] for m in watcher.memories[:3]] == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+def test_a_window_commits_pieces_from_left_to_right(model):
+    """Fast-dLLM v2's sub-blocks: within a piece all that are sure, or the surest, in any order."""
+    config = DecodingConfig(
+        strategy="low_confidence_dynamic", block_size=8, window=2, threshold=0.3, max_tokens=24, stop_ids=()
+    )
+    prompts = [[7] * n for n in (3, 8, 13)]
+    whole = Engine(model).generate(prompts, replace(config, window=None))
+    for t, free in zip(Engine(model).generate(prompts, config), whole, strict=True):
+        start = len(t.prompt_ids)
+        pieces = {}
+        for place, step in enumerate(t.step_map, start):
+            pieces.setdefault((place // 8, place % 8 // 2), []).append(step)
+        for (block, piece), steps in pieces.items():
+            before = pieces.get((block, piece - 1), [-1])
+            assert min(steps) == max(before) + 1  # no step is empty, and none works on two pieces
+        assert t.step_map != free.step_map
+
+
+def test_rejection_of_stop_tokens_changes_nothing_where_every_token_is_one(model):
+    about = {"block_size": 6, "steps": 3, "max_tokens": 12}
+    prompts = [[7] * n for n in (1, 6, 9)]
+    every = tuple(range(model.config.mask_token_id))
+    static = Engine(model).generate(prompts, DecodingConfig(stop_ids=every, **about))
+    rejected = Engine(model).generate(prompts, DecodingConfig(strategy="eos_rejection", stop_ids=every, **about))
+    for a, b in zip(static, rejected, strict=True):
+        assert (a.response_ids, a.step_map) == (b.response_ids, b.step_map)
+        assert (b.length, b.finish_reason) == (1, "stop")
+
+
+def test_rejection_puts_a_stop_token_off_and_keeps_it():
+    """Two of three masks are to be committed in three steps; the surest would end the response."""
+    kind = POLICIES["eos_rejection"]
+    view = masks([0.8, 0.9, 0.5], quota=2, steps=3)
+    view.stop = torch.tensor([[False, True, False]])
+    early = kind().decide(view, Knobs([kind()]), {})
+    assert early.tolist() == [[True, False, True]]  # .9 x .4 = .36
+    view.step = torch.tensor([1])
+    assert kind().decide(view, Knobs([kind()]), {}).tolist() == [[True, True, False]]  # .9 x .7 = .63
+
+
+def test_wino_caps_what_a_step_commits():
+    kind = POLICIES["wino"]
+    for m, cap in ((4, 4), (6, 5), (8, 5), (10, 7), (29, 20), (40, 20)):
+        decision = kind().decide(masks([0.7] * m), Knobs([kind()]), new_memory(kind, 1, m))
+        assert decision.commit.sum() == cap
+
+
+def test_an_edit_that_comes_and_goes_ends(model):
+    """With a budget of steps, a full block is looked at once more than it is edited."""
+    looks = {}
+    for budget in (0, 1, 2, 16):
+        config = DecodingConfig(
+            strategy="token_editing", draft_threshold=0.0, edit_steps=budget, block_size=8, max_tokens=8, stop_ids=()
+        )
+        [t] = Engine(model).generate([[7, 8, 9, 10, 11, 12, 13, 14]], config)
+        looks[budget] = t.nfe.denoise
+        assert max(t.step_map) <= budget
+    assert (looks[0], looks[1], looks[2]) == (2, 3, 4)  # one commits all, the last changes nothing
+    assert looks[16] <= 18
+
+
+def test_the_guide_s_example_is_found_by_its_entry_point(tmp_path):
+    """As an installed package: its settings are settings of every decode."""
+    guide = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
+    code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/patient.py"))
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "patient.py").write_text(code.removeprefix("python\n"))
+    about = tmp_path / "my_package-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[t3d.policies]\npatient = my_package.patient\n")
+    program = (
+        "from t3d import DecodingConfig, Engine\n"
+        "from tests.conftest import make_model\n"
+        "for fast in (0.0, 1.0):\n"
+        "    config = DecodingConfig(strategy='patient', first_threshold=fast, max_tokens=4, stop_ids=())\n"
+        "    print(Engine(make_model()).generate([[7, 8, 9, 10]], config)[0].nfe.denoise)\n"
+    )
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(tmp_path), str(root / "src"), str(root)])
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert out.stdout.split()[0] == "1", out.stderr
+    assert int(out.stdout.split()[1]) > 1
