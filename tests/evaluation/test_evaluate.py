@@ -225,6 +225,14 @@ def test_what_a_strategy_does_not_look_at_does_not_distinguish_settings():
     assert resolve(DecodingConfig(steps=2, **dynamic), model) == resolve(DecodingConfig(**dynamic), model)
     scheduled = resolve(DecodingConfig(steps=2, floor="schedule", **dynamic), model)
     assert scheduled.steps == 2
+    stable = [resolve(DecodingConfig(strategy="klass", threshold=t), model) for t in (0.5, 0.9)]
+    assert [c.threshold for c in stable] == [0.5, 0.9]
+    assert setting_name(stable[0]) != setting_name(stable[1])
+    assert setting_name(stable[0]).count("threshold") == 1
+    prefix = {"strategy": "prefix", "threshold": 0.5}  # it has a threshold, but no floor
+    assert resolve(DecodingConfig(floor="schedule", steps=2, **prefix), model) == resolve(
+        DecodingConfig(**prefix), model
+    )
     names = {setting_name(resolve(c, model)) for c in EvalConfig(strategy=sorted(POLICIES)).settings(0)}
     assert len(names) == len(EvalConfig(strategy=sorted(POLICIES)).settings(0))
 

@@ -68,7 +68,7 @@ class EvalConfig:
         sampling = {"top_k": self.top_k, "top_p": self.top_p, "max_tokens": self.max_tokens, "n": self.samples}
         for name, temperature, base in product(self.strategy, self.temperature, self.seeds or [seed]):
             knob = POLICIES[name].speed()
-            floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
+            floor = self.floor if hasattr(POLICIES[name], "floor") else DecodingConfig.floor
             steps = self.steps if knob is None or floor == "schedule" else [None]
             default = (getattr(DecodingConfig, knob.name),) if knob else ()
             values = [{knob.name: value} for value in getattr(self, knob.name, default)] if knob else [{}]

@@ -58,7 +58,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
     """The row of one setting. `config` is resolved (block size and steps set); `fields` go into the row as they are."""
     knob = POLICIES[config.strategy].speed()
     knobs = {knob.name: getattr(config, knob.name)} if knob else {}
-    if "threshold" in knobs:
+    if hasattr(POLICIES[config.strategy], "floor"):
         knobs["floor"] = config.floor
     totals, seconds, truncated = Speed(), 0.0, 0
     problems: dict[str, list[tuple[bool | None, int | None]]] = {}  # (verdict, answer) of each sample

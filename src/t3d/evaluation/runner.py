@@ -5,7 +5,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from t3d.decoding.policy import POLICIES
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
 from t3d.errors import T3DError
-from t3d.evaluation.config import KNOBS
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
 from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
@@ -140,10 +139,11 @@ def resolve(config: DecodingConfig, model) -> DecodingConfig:
     if steps > block:
         raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
     knob = POLICIES[config.strategy].speed()
-    used = {knob.name} if knob else {"steps"}
-    if "threshold" in used:
-        used |= {"floor", "steps"} if config.floor == "schedule" else {"floor"}
-    unused = {name: getattr(DecodingConfig, name) for name in {*KNOBS, "floor"} - used}
+    used = {f.name for f in fields(POLICIES[config.strategy])}
+    if knob is None or ("floor" in used and config.floor == "schedule"):
+        used.add("steps")
+    every = {f.name for policy in POLICIES.values() for f in fields(policy)}
+    unused = {name: getattr(DecodingConfig, name) for name in every - used}
     return replace(config, **unused, block_size=block, steps=steps if "steps" in used else block)
 
 
@@ -157,6 +157,10 @@ def setting_name(config: DecodingConfig) -> str:
         parts.append(f"{knob.name}{getattr(config, knob.name):g}")
         if config.floor == "schedule":
             parts.append(f"floor{config.steps}")
+    for f in fields(POLICIES[config.strategy]):
+        value = getattr(config, f.name)
+        if f is not knob and f.name != "floor" and value != f.default:
+            parts.append(f"{f.name}{value}")
     if config.temperature > 0:
         parts.append(f"temperature{config.temperature:g}")
     parts.append(f"seed{config.seed}")
