@@ -2,8 +2,9 @@
 
 A flight is a frozen dataclass of its own settings with one generator, `run`. It yields either a list of `Segment`s, the
 tokens that the next forward carries beside those that are final, or a list of `Row`s, block rows for the policy to decide on
-with that forward's logits. All sequences of a batch take these turns together. Adding one is a file in `flights/`, or a
-module that an installed package names under the entry point `t3d.flights`.
+with that forward's logits. All sequences of a batch take these turns together. A flight that decides for itself gets the
+logits as the value of `yield segments`. Adding one is a file in `flights/`, or a module that an installed package names under
+the entry point `t3d.flights`.
 """
 
 from collections.abc import Callable, Generator
@@ -17,6 +18,7 @@ from t3d.blocks import Rule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from t3d.engine.decide import Logits
     from t3d.engine.request import Sequence
 
 
@@ -95,6 +97,7 @@ class Flight:
     """Base of all flights; see the module's text."""
 
     name: ClassVar[str]
+    causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 
     @property
     def most_final(self) -> int:
@@ -108,9 +111,10 @@ class Flight:
     def check(self, policy, config) -> None:
         """Raises T3DError if it cannot work with this policy and these settings."""
 
-    def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], None, None]":
+    def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
         """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order. After that
-        the generator is only resumed if the sequence has not ended."""
+        the generator is only resumed if the sequence has not ended. Segments are answered with the forward's logits.
+        Raises T3DError if the sequence cannot go on."""
         raise NotImplementedError
 
 

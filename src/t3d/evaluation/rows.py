@@ -34,13 +34,14 @@ class EvalRow:
     pass_at: dict[str, float]  # "1", "2", "4", ... up to `samples`; empty for one sample
     majority: float | None  # accuracy of the most frequent answer of each problem
     tokps: float | None  # nominal tokens per step; None for strategies with a knob
-    tpf: float  # tokens per forward that denoises
+    tpf: float  # tokens per forward that predicts (denoises or verifies)
     tpf_all: float  # tokens per forward, prefill and commit included
     tps: float | None  # tokens per second of decoding
-    nfe: float  # forwards per response, of all three kinds
+    nfe: float  # forwards per response, of all four kinds
     nfe_prefill: float
     nfe_denoise: float
     nfe_commit: float
+    nfe_verify: float
     mean_length: float  # tokens per response, through the stop token
     truncated: float  # share of responses that did not stop by themselves
     wall_seconds: float  # decoding alone, over all attempts
@@ -89,6 +90,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         nfe_prefill=totals.prefill / count,
         nfe_denoise=totals.denoise / count,
         nfe_commit=totals.commit / count,
+        nfe_verify=totals.verify / count,
         mean_length=totals.tokens / count,
         truncated=truncated / count,
         wall_seconds=seconds,
