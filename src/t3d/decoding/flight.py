@@ -2,9 +2,9 @@
 
 A flight is a frozen dataclass of its own settings with one generator, `run`. It yields either a list of `Segment`s, the
 tokens that the next forward carries beside those that are final, or a list of `Row`s, block rows for the policy to decide on
-with that forward's logits. All sequences of a batch take these turns together. A flight that decides for itself gets the
-logits as the value of `yield segments`. Adding one is a file in `flights/`, or a module that an installed package names under
-the entry point `t3d.flights`.
+with that forward's logits. All sequences of a batch take these turns together. A flight that decides for itself gets
+the logits as the value of `yield segments`. Adding one is a file in `flights/`, or a module that an installed package
+names under the entry point `t3d.flights`.
 """
 
 from collections.abc import Callable, Generator

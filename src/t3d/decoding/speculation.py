@@ -1,9 +1,9 @@
 """Self-speculation: a model's own draft of several tokens, verified by the same weights from left to right.
 
-The draft comes from an ordinary forward over a masked block. The verifying forward carries the draft, whose tokens see only
-those before them, and behind it masks that see the draft before their own place (`Rule.TOKEN`, `Rule.NEXT`): what the model
-predicts when it decodes one token at a time. Accepting and replacing by the rule of speculative sampling (Leviathan et al.,
-arXiv 2211.17192; Chen et al., 2302.01318) makes the tokens a draw of that decoder, whatever the draft is.
+The draft comes from an ordinary forward over a masked block. The verifying forward carries the draft, whose tokens see
+only those before them, and behind it masks that see the draft before their own place (`Rule.TOKEN`, `Rule.NEXT`): what
+the model predicts when it decodes one token at a time. Accepting and replacing by the rule of speculative sampling
+(Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318) makes the tokens draws of that decoder, whatever the draft.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def propose(sequence: "Sequence", block: Block, places: np.ndarray, logits: Tens
 
 
 def verification(block: Block, draft: Draft) -> list[Segment]:
-    """What the verifying forward carries: the block filled up to the draft's end, and masks that each see what is before."""
+    """What the verifying forward carries: the block filled up to the draft's end, and masks that see what is before."""
     end = int(draft.places[-1]) + 1
     ids = block.tokens[:end].copy()
     ids[draft.places] = draft.tokens
@@ -74,11 +74,11 @@ def verification(block: Block, draft: Draft) -> list[Segment]:
 
 
 def accept(draft: Tensor, p: Tensor, q: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Speculative sampling at each place: whether the draft is accepted, bool (n,), and what replaces it if not, int64 (n,).
+    """Speculative sampling at each place: whether the draft is accepted, bool (n,), and what replaces it, int64 (n,).
 
-    draft: int64 (n,), drawn from p; p, q: float32 (n, vocab), the drafting and the verifying distribution; u, v: float32
-    (n,) in [0, 1). A draft is accepted with probability min(1, q/p) and else replaced by a draw from (q - p)+, so that
-    the token is a draw from q.
+    draft: int64 (n,), drawn from p; p, q: float32 (n, vocab), the drafting and the verifying distribution; u, v:
+    float32 (n,) in [0, 1). A draft is accepted with probability min(1, q/p) and else replaced by a draw from (q - p)+,
+    so that the token is a draw from q.
     """
     at = draft[:, None]
     accepted = u * p.gather(1, at)[:, 0] < q.gather(1, at)[:, 0]

@@ -203,8 +203,8 @@ class Sequence:
         return masked
 
     def commit_at(self, block: Block, places: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
-        """A step of a flight that decides for itself. places: int64 (n,), masks of the block, n >= 1; tokens: int64 (n,)
-        without the mask's id; confidence: float32 (n,)."""
+        """A step of a flight that decides for itself. places: int64 (n,), masks of the block, n >= 1; tokens: int64
+        (n,), never the mask's id; confidence: float32 (n,)."""
         block.tokens[places], block.confidence[places], block.step_map[places] = tokens, confidence, block.step
         if self.watched:
             at = block.start + places - len(self.request.prompt_ids)

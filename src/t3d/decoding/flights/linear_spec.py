@@ -12,9 +12,9 @@ from t3d.decoding.speculation import Draft, propose, settle, verification
 class LinearSpec(Flight):
     """Draft what is left of a block at once, keep what the token-by-token decoder would have given, and draft again.
 
-    The tokens are exactly those of the model with blocks of one token: final tokens see only those before them, and every
-    token is verified. Two forwards per round, one where a single mask is left, which needs no draft. `strategy`, `steps`
-    and `window` have no effect. The lossless self-speculation of sglang (linear_spec.py).
+    The tokens are exactly those of the model with blocks of one token: final tokens see only those before them, and
+    every token is verified. Two forwards per round, one where a single mask is left, which needs no draft. `strategy`,
+    `steps` and `window` have no effect. Follows LinearSpec of sglang (linear_spec.py).
     """
 
     causal: ClassVar[bool] = True

@@ -17,9 +17,10 @@ from t3d.errors import T3DError
 class S2D2(Flight):
     """Verify a block's draft from left to right where that promises enough, else let the policy decide on it.
 
-    Every denoising forward drafts the first run of masks. With H its entropies, E[K] = sum_j prod_(i <= j) exp(-T H_i / log V)
-    estimates how many tokens a verifying forward would accept; it is made if E[K] - c is at least a bound.
-    S2D2 (arXiv 2603.25702; SDAR/generate_ssd_policy.py, score_threshold with difference_static and soft_entropy_negexp).
+    Every denoising forward drafts the first run of masks. With H its entropies,
+    E[K] = sum_j prod_(i <= j) exp(-T H_i / log V) estimates how many tokens a verifying forward would accept; it is
+    made if E[K] - c is at least a bound. S2D2 (arXiv 2603.25702; SDAR/generate_ssd_policy.py with score_threshold,
+    difference_static and soft_entropy_negexp).
     """
 
     verify_cost: float = setting(1.0, "c: tokens that a verifying forward must be expected to bring", low=0)
