@@ -42,7 +42,7 @@ def generate(
         print(answer.text)
     nfe, cut = answer.nfe, ", cut at max_tokens" if answer.finish_reason == "length" else ""
     print(
-        f"{answer.length} tokens in {nfe.denoise} forwards: {answer.length / nfe.denoise:.2f} tokens per forward "
+        f"{answer.length} tokens in {nfe.predicting} forwards: {answer.length / nfe.predicting:.2f} tokens per forward "
         f"({answer.length / nfe.total:.2f} with prefill and commit), {seconds:.2f} s, "
         f"{answer.length / seconds:.0f} tokens/s{cut}",
         file=sys.stderr,

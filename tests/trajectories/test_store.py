@@ -56,7 +56,7 @@ def trajectories(draw):
         confidence=row(st.floats(0, 1, width=32)),
         length=draw(st.integers(1, n)),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
-        nfe=NFE(*draw(st.tuples(*[st.integers(0, 2**31 - 1)] * 3))),
+        nfe=NFE(*draw(st.tuples(*[st.integers(0, 2**31 - 1)] * 4))),
         block_size=block,
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         prompt_id=draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=8)),
@@ -395,3 +395,16 @@ def test_revisions_are_kept(tmp_path):
     ):
         with pytest.raises(T3DError, match=message):
             validate(replace(revised, **wrong))
+
+
+def test_version_1_had_neither_revisions_nor_forwards_that_verify(tmp_path):
+    write(tmp_path / "now", [make_trajectory(nfe=NFE(1, 2, 3))])
+    (shard,) = (tmp_path / "now").glob("*.parquet")
+    table = pq.read_table(shard)
+    old = table.drop_columns(["revisions", "nfe_verify"])
+    old = old.replace_schema_metadata(table.schema.metadata | {b"t3d_format_version": b"1"})
+    (tmp_path / "then").mkdir()
+    pq.write_table(old, tmp_path / "then" / shard.name, write_page_checksum=True)
+    (read,) = TrajectoryDataset(tmp_path / "then")
+    assert read.nfe == NFE(prefill=1, denoise=2, commit=3, verify=0)
+    assert read.revisions is None

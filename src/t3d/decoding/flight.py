@@ -96,6 +96,7 @@ class Flight:
     """Base of all flights; see the module's text."""
 
     name: ClassVar[str]
+    causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 
     @property
     def label(self) -> str:
@@ -123,8 +124,8 @@ class Flight:
     def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
         """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order.
 
-        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not
-        done.
+        Segments are answered with the forward's logits. It may return when the blocks hold all that can count; what it
+        yields behind a block that ends the sequence is not done. Raises T3DError if the sequence cannot go on.
         """
         raise NotImplementedError
 

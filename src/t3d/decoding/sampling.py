@@ -51,17 +51,38 @@ def _draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index, weights.gather(1, index) / total
 
 
-def _draw_filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_draw` from softmax(logits) cut to the top_k likeliest tokens, then to the top_p nucleus of what is left."""
+def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logits) cut to the top_k likeliest tokens, then to the top_p nucleus of what is left: weights of falling
+    logits, not normalised, and the tokens they belong to. (rows, vocab)"""
     vocab = logits.shape[1]
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)
     limit = torch.where(top_k > 0, top_k, vocab)
     p = ranked.softmax(-1).masked_fill(rank >= limit[:, None], 0.0)
     p = p / p.sum(-1, keepdim=True)
-    p = p.masked_fill((p.cumsum(-1) - p) >= top_p[:, None], 0.0)
+    return p.masked_fill((p.cumsum(-1) - p) >= top_p[:, None], 0.0), order
+
+
+def _draw_filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_draw`, from the cut softmax(logits)."""
+    p, order = _filtered(logits, top_k, top_p)
     index, probability = _draw(p, u)
     return order.gather(1, index), probability
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """What `sample` draws from at one sequence's settings, float32 (rows, vocab): one-hot at temperature 0; NaN in rows
+    that are no numbers."""
+    if temperature == 0:
+        hot = torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+        return hot.masked_fill_(logits.softmax(-1).isnan(), torch.nan)
+    scaled = logits / temperature
+    if not top_k and top_p == 1:
+        return scaled.softmax(-1)
+    n = len(logits)
+    cuts = torch.full((n,), top_k, device=logits.device), torch.full((n,), top_p, device=logits.device)
+    weights, order = _filtered(scaled, *cuts)
+    return torch.zeros_like(logits).scatter_(1, order, weights / weights.sum(-1, keepdim=True))
 
 
 def sample(

@@ -45,7 +45,7 @@ class HeldOut:
             answers = engine.generate(prompts, decoding, seeds=[derive_seed(0, i, 0) for i in mine])
             verdicts = self.task.judge_all([t.text for t in answers], [self.problems[i] for i in mine])
             right, count = float(sum(bool(v.correct) for v in verdicts)), float(len(verdicts))
-            tokens, forwards = sum(t.length for t in answers), sum(t.nfe.denoise for t in answers)
+            tokens, forwards = sum(t.length for t in answers), sum(t.nfe.predicting for t in answers)
             found[f"accuracy/steps_{steps}"] = (right, count)
             found[f"tpf/steps_{steps}"] = (float(tokens), float(forwards))
             before = found.get("accuracy", (0.0, 0.0))

@@ -171,7 +171,7 @@ class T3DTrainer(Trainer):
         seeds = [derive_seed(*base, item) for item in items]
         trajectories = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
         for trajectory in trajectories:
-            blocks = trajectory.nfe.denoise + trajectory.nfe.commit
+            blocks = trajectory.nfe.predicting + trajectory.nfe.commit
             self._forwarded += len(trajectory.prompt_ids) + blocks * batch.block_size
         examples = [
             self.train_dataset.states(trajectory, np.random.default_rng([*base, item]))

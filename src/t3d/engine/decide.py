@@ -206,10 +206,7 @@ class _Batch:
         for place in confidence.isnan().nonzero()[:, 0].tolist():
             number = int(self.line[place])
             sequence = self.sequences[number]
-            error = T3DError(
-                f"{sequence.request}: the model's logits are not numbers (NaN or inf) at position "
-                f"{int(position[place])}, step {self.blocks[number].step}; look at its weights, or use a wider dtype"
-            )
+            error = sequence.request.not_numbers(int(position[place]), self.blocks[number].step)
             found.setdefault(id(sequence), (sequence, error))
         self.failures = list(found.values())
 

@@ -8,6 +8,7 @@ import numpy as np
 from t3d.blocks import Rule, block_end, block_start, visible, whole_blocks
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.flight import Block, Segment
+from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory
 
 
@@ -41,6 +42,12 @@ class Request:
     def __str__(self) -> str:
         return self.prompt + (f" sample {self.sample}" if self.config.n > 1 else "")
 
+    def not_numbers(self, position: int, step: int) -> T3DError:
+        return T3DError(
+            f"{self}: the model's logits are not numbers (NaN or inf) at position {position}, step {step}; "
+            "look at its weights, or use a wider dtype"
+        )
+
     @property
     def prompt(self) -> str:
         """What messages call it."""
@@ -72,6 +79,16 @@ class Query:
     def denoise(self) -> bool:
         return bool(self.segments)
 
+    @property
+    def verify(self) -> bool:
+        return any(segment.rule is Rule.NEXT for segment in self.segments)
+
+    @cached_property
+    def final_block(self) -> int:
+        """Tokens of the blocks in which final tokens see each other."""
+        config = self.sequence.request.config
+        return 1 if config.flying.causal else config.block_size
+
     @cached_property
     def steady(self) -> bool:
         """Whether it is no longer than a forward of steady decoding, so that shapes repeat."""
@@ -102,12 +119,17 @@ class Query:
 
     def limits(self) -> np.ndarray:
         """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
-        return block_end(np.arange(self.start, self.end), self.sequence.request.config.block_size)
+        place, block = np.arange(self.start, self.end), self.sequence.request.config.block_size
+        limits = block_end(place, block)
+        if self.final_block != block:
+            limits[: self.final - self.start] = place[: self.final - self.start] + 1
+        return limits
 
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
         block = self.sequence.request.config.block_size
-        parts, place = [visible(Rule.BLOCK, 0, self.start, self.start, self.final - self.start, block)], self.final
+        final = visible(Rule.BLOCK, 0, self.start, self.start, self.final - self.start, self.final_block)
+        parts, place = [final], self.final
         parts[0][1] = 0  # from the beginning
         places = {}
         for segment in self.segments:
@@ -139,6 +161,7 @@ class Sequence:
     prefill: int = 0
     denoise: int = 0
     commit: int = 0
+    verify: int = 0
     preemptions: int = 0
 
     def __post_init__(self):
@@ -151,6 +174,7 @@ class Sequence:
         self.base = self.request.prompt_blocks_end
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
+        self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # commits, if watched, not yet told
         self.turns = self.request.config.flying.run(self)
         self.asked: list[Segment] = next(self.turns)
 
@@ -164,7 +188,8 @@ class Sequence:
         size = self.request.config.block_size
         fixed = np.arange(start, start + size) < len(self.request.prompt_ids)
         tokens = np.full(size, self.mask_id, dtype=np.int64)
-        tokens[fixed] = self.tokens[start : start + size][fixed]
+        given = self.request.prompt_ids[start : start + size]
+        tokens[: len(given)] = given
         zeros = np.zeros(size, dtype=np.int64)
         return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
 
@@ -177,6 +202,15 @@ class Sequence:
         masked[first + width :] = False
         return masked
 
+    def commit_at(self, block: Block, places: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
+        """A step of a flight that decides for itself. places: int64 (n,), masks of the block, n >= 1; tokens: int64
+        (n,), never the mask's id; confidence: float32 (n,)."""
+        block.tokens[places], block.confidence[places], block.step_map[places] = tokens, confidence, block.step
+        if self.watched:
+            at = block.start + places - len(self.request.prompt_ids)
+            self.told.append((block.step, at.tolist(), tokens.tolist(), confidence.tolist()))
+        block.step += 1
+
     def finish(self, block: Block) -> None:
         """The block at `base` is final."""
         mine = slice(block.start, block.end)
@@ -187,7 +221,9 @@ class Sequence:
 
     def advance(self, query: Query) -> None:
         """Account for a forward: what it wrote to the cache of final tokens is final."""
-        if query.denoise:
+        if query.verify:
+            self.verify += 1
+        elif query.denoise:
             self.denoise += 1
         elif query.start < self.request.prompt_blocks_end:
             self.prefill += 1
@@ -226,7 +262,7 @@ class Sequence:
             revisions=revisions.tolist() if revisions.any() else None,
             length=length,
             finish_reason=finish_reason,
-            nfe=NFE(self.prefill, self.denoise, self.commit),
+            nfe=NFE(self.prefill, self.denoise, self.commit, self.verify),
             block_size=self.request.config.block_size,
             seed=self.request.seed,
             text=text,

@@ -128,21 +128,32 @@ class Session:
             if query.denoise:
                 denoising.append(query.sequence)
         events: list[Event] = []
-        turns = [(sequence, sequence.turns.send(logits)) for sequence in denoising]
-        while turns:
-            rows = [(sequence, row) for sequence, some in turns for row in some]
-            failures = decide(rows, logits, events)
+        going, answer, failures = denoising, logits, []
+        while going:
+            rows: list[tuple[Sequence, Row]] = []
+            for sequence in going:
+                try:
+                    asked = sequence.turns.send(answer)
+                except StopIteration:  # all that can count is final
+                    continue
+                except T3DError as error:
+                    failures.append((sequence, error))
+                    continue
+                if isinstance(asked[0], Row):
+                    rows += [(sequence, row) for row in asked]
+                else:
+                    sequence.asked = asked
+            failures += decide(rows, logits, events) if rows else []
             if failures and not isolate:
                 raise failures[0][1]
             events += [self._fail(sequence, error) for sequence, error in failures]
             failed = {id(sequence) for sequence, _ in failures}
-            going, turns = [s for s, _ in turns if id(s) not in failed], []
-            for sequence in going:
-                asked = next(sequence.turns, [])
-                if asked and isinstance(asked[0], Row):
-                    turns.append((sequence, asked))
-                else:
-                    sequence.asked = asked
+            going = [s for s in dict.fromkeys(sequence for sequence, _ in rows) if id(s) not in failed]
+            answer, failures = None, []
+        for sequence in denoising:
+            about = (sequence.request.index, sequence.request.sample)
+            events += [StepEvent(*about, *told) for told in sequence.told]
+            sequence.told.clear()
         for sequence in denoising:
             if sequence.finished and sequence in self.scheduler.running:
                 events += self._end_blocks(sequence)

@@ -51,6 +51,7 @@ class Speed:
     prefill: int = 0
     denoise: int = 0
     commit: int = 0
+    verify: int = 0
 
     def add(self, t: Trajectory) -> None:
         self.sequences += 1
@@ -58,21 +59,26 @@ class Speed:
         self.prefill += t.nfe.prefill
         self.denoise += t.nfe.denoise
         self.commit += t.nfe.commit
+        self.verify += t.nfe.verify
+
+    @property
+    def forwards(self) -> int:
+        return self.prefill + self.denoise + self.commit + self.verify
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward, over the forwards that denoise."""
-        return self.tokens / max(1, self.denoise)
+        """Tokens per forward, over the forwards that predict: those that denoise or verify."""
+        return self.tokens / max(1, self.denoise + self.verify)
 
     @property
     def tpf_all(self) -> float:
         """Tokens per forward, over all forwards: prefill and commit too."""
-        return self.tokens / max(1, self.prefill + self.denoise + self.commit)
+        return self.tokens / max(1, self.forwards)
 
     @property
     def nfe(self) -> float:
         """Forwards per sequence."""
-        return (self.prefill + self.denoise + self.commit) / max(1, self.sequences)
+        return self.forwards / max(1, self.sequences)
 
 
 def aup(points: Iterable[tuple[float, float]], best: float | None = None) -> float:

@@ -33,10 +33,10 @@ class EvalRow:
     pass_at: dict[str, float]  # "1", "2", "4", ... up to `samples`; empty for one sample
     majority: float | None  # accuracy of the most frequent answer of each problem
     tokps: float | None  # nominal tokens per step; None for strategies with a knob
-    tpf: float  # tokens per forward that denoises
+    tpf: float  # tokens per forward that predicts (denoises or verifies)
     tpf_all: float  # tokens per forward, prefill and commit included
     tps: float | None  # tokens per second of decoding
-    nfe: float  # forwards per response, of all three kinds
+    nfe: float  # forwards per response, of all four kinds
     nfe_prefill: float
     nfe_denoise: float
     nfe_commit: float
@@ -47,6 +47,7 @@ class EvalRow:
     batch_size: int | None = None
     results: str = ""  # folder of the trajectories with verdicts, relative to the run
     extra: dict = field(default_factory=dict)
+    nfe_verify: float = 0.0
     flight: str = ""  # what a forward computes where it is not one block after the other: "2 blocks", "look-ahead 1"
     flight_settings: dict = field(default_factory=dict)  # the settings of that
     window: int | None = None
@@ -94,6 +95,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         nfe_prefill=totals.prefill / count,
         nfe_denoise=totals.denoise / count,
         nfe_commit=totals.commit / count,
+        nfe_verify=totals.verify / count,
         mean_length=totals.tokens / count,
         truncated=truncated / count,
         wall_seconds=seconds,

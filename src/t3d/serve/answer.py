@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from t3d.engine.request import Request
 from t3d.engine.session import Event, FailedEvent, FinishedEvent, StepEvent
@@ -47,9 +47,9 @@ class Choice:
         t, n = self.trajectory, self.trajectory.length
         tail = len(t.prompt_ids) % t.block_size
         return {
-            "tpf": round(n / t.nfe.denoise, 4),
+            "tpf": round(n / t.nfe.predicting, 4),
             "tpf_total": round(n / t.nfe.total, 4),
-            "nfe": {"prefill": t.nfe.prefill, "denoise": t.nfe.denoise, "commit": t.nfe.commit, "total": t.nfe.total},
+            "nfe": asdict(t.nfe) | {"total": t.nfe.total},
             "seconds": round(self.seconds, 4),
             "seed": self.request.config.seed,
             "block_size": t.block_size,

@@ -48,9 +48,13 @@ class Pool:
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward that denoises, over all sequences."""
+        """Tokens per forward that predicts (denoises or verifies), over all sequences."""
         tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
-        return tokens / max(1.0, self._sum(lambda row: row["nfe_denoise"] * row["num_problems"]))
+
+        def forwards(row: dict) -> float:
+            return (row["nfe_denoise"] + row.get("nfe_verify", 0.0)) * row["num_problems"]
+
+        return tokens / max(1.0, self._sum(forwards))
 
     @property
     def mean_length(self) -> float:

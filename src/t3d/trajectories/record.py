@@ -14,10 +14,16 @@ class NFE:
     prefill: int = 0  # forwards that only read prompt tokens
     denoise: int = 0  # forwards that predicted tokens of a block
     commit: int = 0  # forwards that only wrote a finished block to the cache
+    verify: int = 0  # forwards that checked a draft, predicting its tokens from left to right
+
+    @property
+    def predicting(self) -> int:
+        """Those that predict tokens."""
+        return self.denoise + self.verify
 
     @property
     def total(self) -> int:
-        return self.prefill + self.denoise + self.commit
+        return self.prefill + self.predicting + self.commit
 
 
 @dataclass
@@ -90,5 +96,5 @@ def validate(trajectory: Trajectory) -> Trajectory:
     )
     # NaN stands for "not recorded" and passes: no comparison with it is true.
     check(not any(c < 0 or c > 1 for c in t.confidence), "confidences must lie in 0..1")
-    check(min(t.nfe.prefill, t.nfe.denoise, t.nfe.commit) >= 0, "forwards must not be negative")
+    check(min(t.nfe.prefill, t.nfe.denoise, t.nfe.commit, t.nfe.verify) >= 0, "forwards must not be negative")
     return t

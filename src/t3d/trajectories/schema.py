@@ -11,7 +11,8 @@ from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory, validate
 
 FORMAT_VERSION = "2"
-READABLE = ("1", FORMAT_VERSION)  # version 1 had no revisions
+READABLE = ("1", FORMAT_VERSION)
+SINCE_2 = ("revisions", "nfe_verify")  # what version 1 did not have
 VERSION_KEY, METADATA_KEY = b"t3d_format_version", b"t3d"
 UNCOMPARED = {"versions"}  # recorded with each shard, free to differ between them
 
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
         pa.field("nfe_prefill", pa.int32(), nullable=False),
         pa.field("nfe_denoise", pa.int32(), nullable=False),
         pa.field("nfe_commit", pa.int32(), nullable=False),
+        pa.field("nfe_verify", pa.int32(), nullable=False),
         pa.field("block_size", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("text", pa.string()),
@@ -40,7 +42,7 @@ SCHEMA = pa.schema(
 )
 _LISTS = {"prompt_ids": np.int32, "response_ids": np.int32, "step_map": np.int16, "confidence": np.float32}
 _OPTIONAL = ("extra", "revisions")
-_NFE = ("prefill", "denoise", "commit")
+_NFE = ("prefill", "denoise", "commit", "verify")
 _PLAIN = [name for name in SCHEMA.names if not (name in _LISTS or name.startswith("nfe_") or name in _OPTIONAL)]
 
 
@@ -62,7 +64,8 @@ def to_trajectory(table: pa.Table, row: int) -> Trajectory:
     """Row `row` of a table in this schema, checked."""
     values = {name: table.column(name)[row].as_py() for name in _PLAIN}
     lists = {name: table.column(name)[row].values.to_numpy(zero_copy_only=False).tolist() for name in _LISTS}
-    nfe = NFE(*(table.column(f"nfe_{kind}")[row].as_py() for kind in _NFE))
+    kinds = [kind for kind in _NFE if f"nfe_{kind}" in table.column_names]
+    nfe = NFE(**{kind: table.column(f"nfe_{kind}")[row].as_py() for kind in kinds})
     extra = json.loads(table.column("extra")[row].as_py() or "{}")
     revisions = table.column("revisions")[row].as_py() if "revisions" in table.column_names else None
     return validate(Trajectory(**values, **lists, revisions=revisions, nfe=nfe, extra=extra))
@@ -88,7 +91,7 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
             "use the t3d that wrote it, or write it again"
         )
     for field in SCHEMA:
-        if field.name == "revisions" and version == "1":
+        if field.name in SINCE_2 and version == "1":
             continue
         index = file.schema_arrow.get_field_index(field.name)
         found = None if index < 0 else file.schema_arrow.field(index).type
