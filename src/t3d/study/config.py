@@ -28,12 +28,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One variant at one seed, as a recipe with a run folder of its own, and the rollout that it shares, if any."""
+    """One variant at one seed, as a recipe with a run folder of its own, and the rollout that it shares, if any.
+
+    train: whether there is a student to make; without, the recipe's model is evaluated as it is.
+    """
 
     variant: str
     seed: int
     recipe: Recipe
     rollout: Recipe | None
+    train: bool = True
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("train", "eval") if self.train else ("eval",)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Study:
     set: tuple[str, ...] = ()  # overrides for all variants
     against: tuple[str, ...] = ()  # variants that the others are compared with, one for each source of labels
     plot: tuple[str, ...] = ()  # variants in the plots; default: all
+    train: bool = True  # false: a study of decoding, which evaluates each variant's model at every setting of the grid
     results: str | None = None  # a Markdown file, relative to the study's, that gets the results between its marks
     overrides: tuple[str, ...] = ()  # the command line's
 
@@ -68,6 +77,9 @@ class Study:
         for name, variant in self.variants.items():
             for seed in self.seeds if variant.seeds is None else variant.seeds:
                 job = self._job(name, variant, seed)
+                if not self.train:
+                    jobs.append(job)
+                    continue
                 key = json.dumps([job.rollout and job.rollout.run_dir, job.recipe.to_dict()["eval"]])
                 if key in seen or job.rollout is None:
                     job = self._job(name, variant, seed, "eval.teacher=false")
@@ -87,6 +99,8 @@ class Study:
                 raise T3DError(f"{self.path}: variant {name!r}: {error}") from error
 
         whole = recipe(f"{name}-seed{seed}", *more)
+        if not self.train:
+            return Job(name, seed, whole, None, train=False)
         if whole.objective == "sft" or whole.rollout.source:
             return Job(name, seed, whole, None)
         made_with = json.dumps(settings(whole, "rollout"), sort_keys=True)

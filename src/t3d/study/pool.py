@@ -57,6 +57,26 @@ class Pool:
         return tokens / max(1.0, self._sum(forwards))
 
     @property
+    def tpf_all(self) -> float:
+        """Tokens per forward, prefill and commit included."""
+        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
+        return tokens / max(1.0, self._sum(lambda row: row["nfe"] * row["num_problems"]))
+
+    @property
+    def tps(self) -> float:
+        """Tokens per second of decoding."""
+        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
+        return tokens / max(1e-9, self._sum(lambda row: row["wall_seconds"]))
+
+    @property
+    def kind(self) -> str:
+        """The policy and the flight without the numbers that vary along a line of a plot."""
+        row = next(iter(self.rows.values()))
+        name = row["strategy"].removeprefix("low_confidence_")
+        parts = (name, row.get("flight"), f"window {row['window']}" if row.get("window") else "")
+        return ", ".join(part for part in parts if part)
+
+    @property
     def mean_length(self) -> float:
         return self._sum(lambda row: row["mean_length"]) / len(self.rows)
 
@@ -95,13 +115,14 @@ def pools(study: Study) -> list[Pool]:
         for row in read_summary(run / "summary.json")["rows"]:
             if row["model"] not in ("teacher", "student") or row["accuracy"] is None:
                 continue
-            mine = row["model"] == "student"
-            key = (job.variant if mine else "teacher", labels(job.recipe) if mine else "", setting(row))
+            mine = row["model"] == "student" or not job.train
+            known = labels(job.recipe) if mine and job.train else ""
+            key = (job.variant if mine else "teacher", known, setting(row))
             key += (row["block_size"],)
             rows, answers = found.setdefault(key, ({}, {}))
             rows.setdefault(job.seed, row)
             answers.setdefault(job.seed, run / "eval" / row["results"])
-    order = {name: place for place, name in enumerate(("teacher", *study.variants))}
+    order = {name: place for place, name in enumerate(dict.fromkeys(("teacher", *study.variants)))}
     sizes = {size for *_, size in found}
     made = []
     for (name, known, where, size), (rows, answers) in sorted(found.items(), key=lambda item: order[item[0][0]]):

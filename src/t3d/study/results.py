@@ -57,6 +57,8 @@ def comparisons(study: Study, found: list[Pool]) -> Iterable[tuple]:
 
 
 def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, plots: dict) -> str:
+    if not study.train:
+        return _by_setting(study, found, plots)
     settings = list(dict.fromkeys(pool.setting for pool in found))
     teacher = [pool for pool in found if not pool.labels]
     parts = []
@@ -76,6 +78,33 @@ def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pai
     left = "; ".join(f"`{name}` (seed {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds)
     if left:
         parts += [f"Not run yet: {left}.", ""]
+    return "\n".join(parts)
+
+
+def _by_setting(study: Study, found: list[Pool], plots: dict) -> str:
+    """For every model of a study of decoding, a line per setting, and a plot."""
+    parts = []
+    for name in dict.fromkeys(pool.variant for pool in found):
+        mine = sorted((pool for pool in found if pool.variant == name), key=lambda pool: (pool.kind, pool.tpf))
+        parts += [f"### `{name}`", ""]
+        if name in plots:
+            parts += [f"![accuracy against tokens per forward of {name}]({plots[name].name})", ""]
+        parts += [_line("setting", "accuracy, %", "TPF", "TPF all", "tokens/s", "n", "seeds")]
+        parts += [_line("---", "---:", "---:", "---:", "---:", "---:", "---:")]
+        for pool in mine:
+            low, high = pool.ci95
+            parts.append(
+                _line(
+                    pool.setting,
+                    f"{percent(pool.accuracy)} ({percent(low)}–{percent(high)})",
+                    f"{pool.tpf:.2f}",
+                    f"{pool.tpf_all:.2f}",
+                    f"{pool.tps:.0f}",
+                    str(pool.n),
+                    ", ".join(map(str, sorted(pool.rows))),
+                )
+            )
+        parts.append("")
     return "\n".join(parts)
 
 
@@ -144,6 +173,16 @@ def _line(*cells: str) -> str:
 def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
     """STEM-LABELS.svg for every source of labels. Lines join numbers of steps; a threshold's point stands alone."""
     made = {}
+    if not study.train:
+        for name in dict.fromkeys(pool.variant for pool in found):
+            mine = sorted((p for p in found if p.variant == name), key=lambda p: p.tpf)
+            kinds = list(dict.fromkeys(sorted(p.kind for p in mine)))
+            series = [
+                Series(kind, colour, [_point(p) for p in mine if p.kind == kind]) for colour, kind in enumerate(kinds)
+            ]
+            path = stem.with_name(f"{stem.name}-{name}")
+            made[name] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
+        return made
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
         wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]
         wanted = [p for p in found if not p.labels] + [p for p in wanted if p.labels]
@@ -153,15 +192,15 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
             mine = [p for p in wanted if p.variant == name]
             steps, others = [p for p in mine if not p.knobs], [p for p in mine if p.knobs]
             for label, joined in ((name, steps or mine), *(("", [p]) for p in others if steps)):
-                points = [
-                    Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
-                    for p in joined
-                ]
-                series.append(Series(label, colour, points))
+                series.append(Series(label, colour, [_point(p) for p in joined]))
         if len(names) > 1:
             path = stem.with_name(f"{stem.name}-{known.replace(' ', '-')}")
             made[known] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
     return made
+
+
+def _point(p: Pool) -> Point:
+    return Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
 
 
 def _between_marks(path: Path, name: str, text: str) -> str:

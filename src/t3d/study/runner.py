@@ -5,6 +5,7 @@ import time
 from t3d.errors import InUseError, T3DError
 from t3d.log import log
 from t3d.pipeline import RunFolder, check_stages, run_stages
+from t3d.pipeline.folder import STAGES
 from t3d.study.config import Job, Study
 from t3d.study.results import write_study_results
 
@@ -30,7 +31,7 @@ def run_study(study: Study) -> None:
                 if job.rollout is not None and not RunFolder(job.rollout.run_dir).complete("rollout"):
                     check_stages(job.recipe, ("train", "eval"))  # it may be wrong in what comes after hours of decoding
                     run_stages(job.rollout, ("rollout",))
-                run_stages(job.recipe)
+                run_stages(job.recipe, STAGES if job.train else job.stages)
                 log.info("study: run %d of %d, %s, seed %d, is complete", number, total, job.variant, job.seed)
             except InUseError:
                 busy[number] = job
@@ -52,8 +53,8 @@ def complete(job: Job) -> bool:
     """Whether the job was done with these settings; if it was with others, `run_stages` says so."""
     run = RunFolder(job.recipe.run_dir)
     try:
-        for stage in ("train", "eval"):
+        for stage in job.stages:
             run.check(stage, job.recipe)
     except T3DError:
         return False
-    return all(run.complete(stage) for stage in ("train", "eval"))
+    return all(run.complete(stage) for stage in job.stages)
