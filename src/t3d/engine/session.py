@@ -208,8 +208,8 @@ def pages_for(request: Request, page_size: int) -> int:
 def check_fits(request: Request, pages: int, page_size: int) -> None:
     """Raises T3DError if a cache of this size can never hold the request."""
     if pages_for(request, page_size) > pages:
-        guided = ", with guidance," if request.guided else ""
+        most = f"{sum(request.most_each)} positions" + (" with guidance" if request.guided else "")
         raise T3DError(
-            f"{request} can come to{guided} {sum(request.most_each)} positions, but the cache holds {pages * page_size} "
+            f"{request} can come to {most}, but the cache holds {pages * page_size} "
             f"({pages} pages of {page_size}); raise engine.kv_cache_tokens, or lower max_tokens or the blocks in flight"
         )
