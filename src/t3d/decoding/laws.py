@@ -6,11 +6,12 @@
 - A step masks fewer places again than it commits, so that a block gets fuller until its revisions are used up.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from t3d.decoding.policy import Decision, View, best, rank
+from t3d.decoding.policy import Decision, View, at_least_one, rank
 
 MOST_REVISIONS = 8  # of one place
 
@@ -26,17 +27,14 @@ class Lawful:
     remask: Tensor | None = None
 
 
-def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Tensor) -> Lawful:
-    """What is done of what a policy said. revisions: int64 (rows, block), how often each place was revised."""
+def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Callable[[], Tensor]) -> Lawful:
+    """What is done of what a policy said. revisions: gives int64 (rows, block), how often each place was revised."""
     if isinstance(decision, Tensor):
         decision = Decision(decision)
-    commit = decision.commit & view.masked
-    none = view.must & ~commit.any(-1)
-    if bool(none.any()):
-        commit |= none[:, None] & best(view.confidence, view.quota.new_ones(view.quota.shape)) & view.masked
+    commit = at_least_one(decision.commit & view.masked, view)
     result = Lawful(commit)
     if decision.rewrite is not None or decision.remask is not None:
-        filled = (view.tokens != mask_id) & ~view.fixed & (revisions < MOST_REVISIONS)
+        filled = (view.tokens != mask_id) & ~view.fixed & (revisions() < MOST_REVISIONS)
     if decision.rewrite is not None:
         new = result.new = decision.rewrite
         result.rewrite = filled & (new != view.tokens) & (new != mask_id)

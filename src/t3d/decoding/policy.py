@@ -1,7 +1,7 @@
 """Decoding policies: which places of a block are committed, rewritten or masked again at a step.
 
-A policy is a frozen dataclass of its own settings with one pure function, `decide`, over a batch of block rows. A row is
-one block in flight of one sequence. The caller keeps the laws (`laws.py`), so a policy may say more than is allowed.
+A policy is a frozen dataclass of its own settings with one pure function, `decide`, over a batch of block rows. A row
+is one block in flight of one sequence. The caller keeps the laws (`laws.py`), so a policy may say more than is allowed.
 Adding one is a file in `policies/`, or a module that an installed package names under the entry point `t3d.policies`.
 """
 
@@ -31,9 +31,9 @@ NEEDS = frozenset({ENTROPY, UNIFORM, FILLED, SHADOW, STOP})
 class View:
     """What a policy sees; a row is one block at one step.
 
-    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool (rows,
-    block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token drawn at
-    each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
+    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool
+    (rows, block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token
+    drawn at each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
     quota: int64 (rows,), k_s, never more than the masks in the window. step: int64 (rows,), steps of this block that
     changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
     progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be
@@ -80,7 +80,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Memory:
-    """State that is born and dies with the block. shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab)."""
+    """State that is born and dies with the block.
+
+    shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab), the last on the model's device. fill: at first.
+    """
 
     shape: str = "row"
     dtype: torch.dtype = torch.float32
@@ -99,7 +102,7 @@ class Knobs:
             values = [getattr(p, f.name) for p in policies]
             if f.metadata["choices"]:
                 values = [f.metadata["choices"].index(value) for value in values]
-            dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+            dtype = torch.float32 if isinstance(f.default, float) else torch.int64  # a value may be given as 1 for 1.0
             setattr(self, f.name, torch.tensor(values, dtype=dtype)[:, None])
 
     def rows(self, index: Tensor, device: torch.device) -> "Knobs":
@@ -118,8 +121,13 @@ class Policy:
     memory: ClassVar[dict[str, Memory]] = {}
     scheduled: ClassVar[bool] = False  # commits just `quota` masks at every step, so `steps` sets the speed
 
+    @property
+    def uses_steps(self) -> bool:
+        """Whether it looks at `view.quota` as a schedule, so that the setting `steps` matters."""
+        return self.scheduled
+
     def decide(self, view: View, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor | Decision:
-        """What happens now, for all rows at once; `self` is one row's settings and not to be read, `knobs` has all rows'.
+        """What happens now, for all rows at once. `knobs` has the settings of all rows, `self` only those of the first.
 
         memory: name -> (rows, *shape); what is written into it is there at the block's next step.
         """
@@ -127,8 +135,11 @@ class Policy:
 
     @classmethod
     def adjust(cls, logits: Tensor, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor:
-        """Logits to use instead. logits: float32 (n, vocab) of n masked places; knobs: (n, 1), on the logits' device;
-        memory: name -> (n, ...) of these places, which may be written to. Called only where overridden."""
+        """Logits to use instead, and what `decide` needs to know of them. Called only where overridden.
+
+        logits: float32 (n, vocab) of n masked places; knobs: (n, 1), on the logits' device; memory: name -> (n, ...) of
+        these places; what is written into it is kept, but for shape "row".
+        """
         return logits
 
     @classmethod
@@ -183,6 +194,12 @@ def rank(score: Tensor) -> Tensor:
 def best(score: Tensor, count: Tensor) -> Tensor:
     """The `count` (rows,) highest of each row; of equals, the leftmost. bool (rows, block)"""
     return rank(score) < count[:, None]
+
+
+def at_least_one(commit: Tensor, view: View) -> Tensor:
+    """The choice and, in rows that must advance and chose nothing, the most confident mask. bool (rows, block)"""
+    none = view.must & ~(commit & view.masked).any(-1)
+    return commit | (best(view.confidence, none.long()) & view.masked) if bool(none.any()) else commit
 
 
 def sorted_entropy(view: View) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class Session:
             query.sequence.advance(query)
         logits = Logits(guide(values, count, guided) if guided else values, self.mask_id)
         events: list[Event] = []
-        turns = [(sequence, next(sequence.turns)) for sequence in denoising]
+        turns = [(sequence, sequence.turns.send(logits)) for sequence in denoising]
         while turns:
             rows = [(sequence, row) for sequence, some in turns for row in some]
             failures = decide(rows, logits, events)
@@ -144,8 +144,8 @@ class Session:
             failed = {id(sequence) for sequence, _ in failures}
             going, turns = [s for s, _ in turns if id(s) not in failed], []
             for sequence in going:
-                asked = next(sequence.turns)
-                if isinstance(asked[0], Row):
+                asked = next(sequence.turns, [])
+                if asked and isinstance(asked[0], Row):
                     turns.append((sequence, asked))
                 else:
                     sequence.asked = asked
@@ -195,9 +195,12 @@ class Session:
 
 
 def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
-    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; the new count."""
-    rows = np.where(segment.want, segment.want.cumsum() - 1 + count, -1)
-    return rows, count + int(segment.want.sum())
+    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; and how many
+    there are then."""
+    places = segment.want.nonzero()[0]
+    rows = np.full(len(segment), -1)
+    rows[places] = np.arange(count, count + len(places))
+    return rows, count + len(places)
 
 
 def pages_for(request: Request, page_size: int) -> int:
