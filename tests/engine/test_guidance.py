@@ -1,6 +1,7 @@
 """Guidance: the engine gives what a sampler gives that runs the model twice at every step, from scratch."""
 
 import random
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from t3d.decoding import DecodingConfig
+from t3d.decoding.flight import FLIGHTS
+from t3d.decoding.policy import POLICIES
 from t3d.decoding.sampling import uniform
 from t3d.engine import Engine, FailedEvent, FinishedEvent
 from t3d.engine.intake import make_requests
 from t3d.engine.request import Sequence
 from t3d.errors import T3DError
+from t3d.tasks import TaskConfig, get_task
 from tests.conftest import make_model
 from tests.engine.reference import reference_choice, reference_draw
 
@@ -216,6 +220,25 @@ def test_a_prompt_as_its_own_negative_changes_nothing(model, tokenizer):
     assert Engine(model, tokenizer).generate([prompt], guided)[0].response_ids == want.response_ids
 
 
+@pytest.mark.parametrize("flight", sorted(FLIGHTS))
+@pytest.mark.parametrize("strategy", sorted(POLICIES))
+def test_every_strategy_and_flight_is_mirrored(model, tokenizer, strategy, flight):
+    """With c = u nothing changes, whatever is asked of a forward; so it is with pages, chunks and others beside it."""
+    try:
+        plain = DecodingConfig(strategy=strategy, flight=flight, steps=2, max_tokens=14, stop_ids=STOPS)
+    except T3DError:
+        pytest.skip("these do not go together")
+    prompts = [[9, 10, 11, 12, 13], [7] * 10]
+    asked = [replace(plain, guidance_scale=1.0, negative_prompt=text(p)) for p in prompts]
+    want = Engine(model).generate(prompts, plain)
+    got = Engine(model, tokenizer, page_size=4, prefill_tokens=4).generate(prompts, asked)
+    assert [(t.response_ids, t.step_map) for t in got] == [(t.response_ids, t.step_map) for t in want]
+    short = [replace(c, negative_prompt=text([20])) for c in asked]  # shorter than the prompt's tail
+    loose = Engine(model, tokenizer).generate(prompts, short)
+    tight = Engine(model, tokenizer, page_size=4, prefill_tokens=4, max_batch_size=1).generate(prompts, short)
+    assert [t.response_ids for t in loose] == [t.response_ids for t in tight]
+
+
 @pytest.mark.parametrize("page_size", [4, None])
 def test_nan_stays_with_its_sequence(tokenizer, page_size):
     """Also where only the negative prompt gives it, and in the pages that a companion leaves."""
@@ -282,3 +305,15 @@ def test_bad_requests_are_refused_before_any_work(model, tokenizer, prompt, give
 def test_a_negative_prompt_needs_a_tokenizer(model):
     with pytest.raises(T3DError, match="negative_prompt needs a tokenizer"):
         Engine(model).stream([[7]], DecodingConfig(guidance_scale=1.0, negative_prompt="A"))
+
+
+def test_tasks_pose_the_negative_prompt_as_a_question(tokenizer):
+    """Templates are the question's; in the engine the rendered text is taken as it is."""
+    task = get_task(TaskConfig(name="prompts", template="X{question}Y"))
+    config = DecodingConfig(guidance_scale=1.0, negative_prompt="BC")
+    assert task.guided(config, tokenizer).negative_prompt == "XBCY"
+    chat = copy(tokenizer)
+    chat.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert task.guided(config, chat).negative_prompt == "<XBCY>"
+    plain = DecodingConfig(guidance_scale=1.0)
+    assert task.guided(plain, chat) is plain
