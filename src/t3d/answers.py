@@ -60,7 +60,7 @@ def answers(
 
     events = engine.stream(
         [job.prompt_ids for job in jobs],
-        replace(decoding, n=1),
+        replace(task.guided(decoding, engine.tokenizer), n=1),
         seeds=[job.seed for job in jobs],
         names=[job.problem.id for job in jobs],
     )

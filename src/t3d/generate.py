@@ -32,7 +32,8 @@ def generate(
     if raw:
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        prompt = get_task(TaskConfig(name="prompts", template="{question}")).prompt(Problem("", text), tokenizer)
+        task = get_task(TaskConfig(name="prompts", template="{question}"))
+        prompt, decoding = task.prompt(Problem("", text), tokenizer), task.guided(decoding, tokenizer)
     start = time.perf_counter()
     (answer,) = Engine(model, tokenizer).generate([prompt], decoding)
     seconds = time.perf_counter() - start

@@ -38,6 +38,10 @@ class _General:
     temperature: float = setting(0.0, "0 is greedy", low=0)
     top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off", low=0)
     top_p: float = _help("sample among the likeliest tokens with this total probability; 1 is off", default=1.0)
+    guidance_scale: float = setting(
+        0.0, "push away from what would be said without the question, by this much; 0 is off", low=0, high=100
+    )
+    negative_prompt: str | None = _help("with guidance: push away from answers to this, instead", default=None)
     max_tokens: int = setting(256, "most tokens that count in a response", low=1)
     stop_ids: tuple[int, ...] | None = _help("token ids that end a response; default: all of the model's", default=None)
     stop: tuple[str, ...] = _help("strings that end a response, besides the stop ids", default=())
@@ -67,6 +71,11 @@ class _General:
         check(self.window is None or self.window >= 1, f"window must be at least 1, got {self.window}")
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         check(all(self.stop), "a stop string must not be empty")
+        check(self.negative_prompt != "", "negative_prompt is empty; leave it out to mask the question")
+        check(
+            self.negative_prompt is None or self.guidance_scale > 0,
+            "negative_prompt does nothing without guidance; set guidance_scale above 0",
+        )
         self.flying.check(self.policy, self)
 
     def at(self, block_size: int | None) -> "DecodingConfig":

@@ -42,6 +42,20 @@ class Logits:
         return self.values[torch.from_numpy(index).to(self.values.device)]
 
 
+def guide(values: Tensor, count: int, guided: list[tuple[int, int, float]]) -> Tensor:
+    """Classifier-free guidance: the first `count` rows of a forward's logits, changed in place where guided.
+
+    values: float32 (n, vocab); those from `count` on are of the companions. guided: (first, end, scale) of the rows
+    that each companion's rows belong to, in order. With c and u the logits with and without the question,
+    `u + (scale + 1) * (c - u)` (LLaDA, arXiv 2502.09992).
+    """
+    index = torch.cat([torch.arange(first, end) for first, end, _ in guided]).to(values.device)
+    scale = torch.cat([torch.full((end - first, 1), scale) for first, end, scale in guided]).to(values.device)
+    c, u = values[index], values[count:]
+    values[index] = u + (scale + 1) * (c - u)
+    return values[:count]
+
+
 def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> list[tuple[Sequence, T3DError]]:
     """Let each row's policy decide, and change the rows' blocks in place. What watched sequences see goes to `events`.
 

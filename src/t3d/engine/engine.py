@@ -154,17 +154,19 @@ class Engine:
         where even the longest answers of all in flight would take little.
         """
         if requests is None:
-            longest, rows = self.model.config.max_position_embeddings, self.max_batch_size
+            longest = most = self.model.config.max_position_embeddings
+            sides, rows = 1, max(self.max_batch_size, 2)  # a guided sequence takes two
         else:
-            longest = max((r.most_places for r in requests), default=1)
-            rows = min(self.max_batch_size, max(len(requests), 1))
+            needs = [r.most_each for r in requests] or [(1,)]
+            longest, most, sides = (max(map(f, needs)) for f in (max, sum, len))
+            rows = min(self.max_batch_size, len(needs)) * sides
         each = bytes_per_token(self.model)
         budget = self.kv_cache_tokens or int(free_memory(self.model.device) * self.memory_share) // each
         size = self.page_size or ATTENTION[self.attention].page_size
         if size is None and longest * rows <= min(budget, _LITTLE // each):
             size = longest
         elif size is None:  # and leaving no more of the budget unused than the longest request allows
-            size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n * n >= longest), 1)
+            size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n >= -(-most // n) + sides - 1), 1)
         pages = min(budget // size, -(-longest // size) * rows)
         for request in requests or ():
             check_fits(request, pages, size)

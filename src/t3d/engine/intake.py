@@ -27,13 +27,16 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
         if config not in resolved:
             resolved[config] = resolve(config, model, tokenizer)
         settings = resolved[config]
-        ids = tuple(_encode(prompt, index, tokenizer))
+        ids, negative = tuple(_encode(prompt, index, tokenizer)), None
+        if settings.negative_prompt is not None:
+            negative = tuple(_encode(settings.negative_prompt, index, tokenizer))
         for sample in range(settings.n):
             if seeds is None:
                 seed = derive_seed(settings.seed, index, sample)
             else:
                 seed = seeds[index] if sample == 0 else derive_seed(seeds[index], sample)
-            requests.append(Request(index, sample, ids, settings, seed, None if names is None else names[index]))
+            name = None if names is None else names[index]
+            requests.append(Request(index, sample, ids, settings, seed, name, negative))
         _check(requests[-1], model.config)
     return requests
 
@@ -43,6 +46,8 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     config = config.at(getattr(model.config, "block_size", None))
     if config.stop and tokenizer is None:
         raise T3DError("stop strings need a tokenizer; use stop_ids")
+    if config.negative_prompt is not None and tokenizer is None:
+        raise T3DError("negative_prompt needs a tokenizer; leave it out to mask the question")
     stops = config.stop_ids
     if stops is None:
         stops = () if config.ignore_eos else stop_ids(model)
@@ -58,8 +63,25 @@ def _encode(prompt, index: int, tokenizer) -> list[int]:
 
 
 def _check(request: Request, config) -> None:
-    ids, name = request.prompt_ids, request.prompt
-    mask_id, vocab, limit = config.mask_token_id, config.vocab_size, config.max_position_embeddings
+    name, limit = request.prompt, config.max_position_embeddings
+    _check_ids(request.prompt_ids, name, config)
+    if request.negative_ids is not None:
+        _check_ids(request.negative_ids, f"the negative prompt of {name}", config)
+    if request.most_tokens > limit:
+        raise T3DError(
+            f"{name} has {len(request.prompt_ids)} tokens, with max_tokens = {request.config.max_tokens} "
+            f"{request.most_tokens} positions, but the model's context is {limit}; shorten the prompt or lower "
+            "max_tokens"
+        )
+    if request.guided and (most := request.companion_end) > limit:
+        raise T3DError(
+            f"{name} comes to {most} positions behind its negative prompt of {request.companion_length} tokens, but "
+            f"the model's context is {limit}; shorten negative_prompt or lower max_tokens"
+        )
+
+
+def _check_ids(ids: tuple[int, ...], name: str, config) -> None:
+    mask_id, vocab = config.mask_token_id, config.vocab_size
     if not ids:
         raise T3DError(f"{name} is empty; give at least one token")
     if mask_id in ids:
@@ -69,8 +91,3 @@ def _check(request: Request, config) -> None:
         )
     if min(ids) < 0 or max(ids) >= vocab:
         raise T3DError(f"{name} has a token id outside 0..{vocab - 1}; was it made with this model's tokenizer?")
-    if request.most_tokens > limit:
-        raise T3DError(
-            f"{name} has {len(ids)} tokens, with max_tokens = {request.config.max_tokens} {request.most_tokens} "
-            f"positions, but the model's context is {limit}; shorten the prompt or lower max_tokens"
-        )

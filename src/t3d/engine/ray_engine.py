@@ -129,7 +129,9 @@ class RayEngine:
         if self._seen != (now := self._versions()):  # trained since
             self._seen, self._packed = now, ray.put(_pack(self.model))
             weights = self._packed
-        sizes = sorted(requests, key=lambda r: r.most_places)[-self.max_batch_size :]  # what a cache must hold
+        largest = sorted(requests, key=lambda r: sum(r.most_each))
+        # what a cache must hold; a guided one needs pages for two
+        sizes = largest[-self.max_batch_size :] + [r for r in largest if r.guided][-1:]
         waiting, failures = deque(requests), 0
         held: list[dict[tuple[int, int], Request]] = [{} for _ in self._pool]
         calls: dict = {}  # pending call -> worker

@@ -1,7 +1,8 @@
 """What was asked for, and how far it has come."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Request:
     config: DecodingConfig
     seed: int
     name: str | None = None  # of the prompt, for messages; default: its index
+    negative_ids: tuple[int, ...] | None = None  # guidance's other prompt; default: the prompt with every token masked
 
     @property
     def prompt_blocks_end(self) -> int:
@@ -38,6 +40,33 @@ class Request:
         """Places of the cache it can come to need: those positions, and what its flight computes beside them."""
         config = self.config
         return self.most_tokens + config.flying.scratch_blocks(config.policy) * config.block_size
+
+    @property
+    def guided(self) -> bool:
+        """Whether it is decoded with a companion."""
+        return self.config.guidance_scale > 0
+
+    @property
+    def companion_length(self) -> int:
+        """Tokens of its companion's prompt."""
+        return len(self.prompt_ids if self.negative_ids is None else self.negative_ids)
+
+    @property
+    def companion_origin(self) -> int:
+        """Position of its companion's first token: the least at which the response lies in blocks as it does here."""
+        return (len(self.prompt_ids) - self.companion_length) % self.config.block_size
+
+    @property
+    def companion_end(self) -> int:
+        """Where the positions of its companion can come to end."""
+        return self.most_tokens - len(self.prompt_ids) + self.companion_length + self.companion_origin
+
+    @property
+    def most_each(self) -> tuple[int, ...]:
+        """The most places of the cache that it, and its companion, can come to need."""
+        if not self.guided:
+            return (self.most_places,)
+        return self.most_places, self.most_places - len(self.prompt_ids) + self.companion_length
 
     def __str__(self) -> str:
         return self.prompt + (f" sample {self.sample}" if self.config.n > 1 else "")
@@ -62,10 +91,11 @@ class Query:
     Prefill, commit and denoise are the same work; with `segments` the forward denoises.
     """
 
-    sequence: "Sequence"
+    sequence: "Sequence | Companion"
     start: int
     final: int
     segments: list[Segment]
+    counted: bool = True  # this forward of the sequence is not counted by another query
 
     @cached_property
     def end(self) -> int:
@@ -101,13 +131,15 @@ class Query:
         return not self.segments or (len(self.segments) == 1 and self.segments[0].rule is Rule.BLOCK)
 
     def ids(self) -> list[np.ndarray]:
-        return [self.sequence.tokens[self.start : self.final], *(s.ids for s in self.segments)]
+        return [self.sequence.read(self.start, self.final), *(s.ids for s in self.segments)]
 
     def positions(self) -> list[np.ndarray]:
-        """Of the text; equal to the places in the cache but for segments behind the first."""
+        """Of the text; the places in the cache, counted from the origin, but for segments behind the first."""
+        origin = self.sequence.origin
         if self.plain:
-            return [np.arange(self.start, self.end)]
-        return [np.arange(self.start, self.final), *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
+            return [np.arange(self.start + origin, self.end + origin)]
+        final = np.arange(self.start + origin, self.final + origin)
+        return [final, *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
 
     def wanted(self) -> np.ndarray:
         """Which of its tokens' logits are wanted, int64, counted from its first token."""
@@ -119,16 +151,17 @@ class Query:
 
     def limits(self) -> np.ndarray:
         """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
-        place, block = np.arange(self.start, self.end), self.sequence.request.config.block_size
-        limits = block_end(place, block)
+        origin, block = self.sequence.origin, self.sequence.request.config.block_size
+        place = np.arange(self.start, self.end)
+        limits = block_end(place + origin, block) - origin
         if self.final_block != block:
             limits[: self.final - self.start] = place[: self.final - self.start] + 1
         return limits
 
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
-        block = self.sequence.request.config.block_size
-        final = visible(Rule.BLOCK, 0, self.start, self.start, self.final - self.start, self.final_block)
+        block, position = self.sequence.request.config.block_size, self.start + self.sequence.origin
+        final = visible(Rule.BLOCK, 0, self.start, position, self.final - self.start, self.final_block)
         parts, place = [final], self.final
         parts[0][1] = 0  # from the beginning
         places = {}
@@ -154,6 +187,7 @@ class Sequence:
     step_map: np.ndarray = field(init=False)  # int64 (most_tokens,)
     confidence: np.ndarray = field(init=False)  # float32 (most_tokens,)
     revisions: np.ndarray = field(init=False)  # int64 (most_tokens,)
+    origin: ClassVar[int] = 0  # position of its first token
     base: int = field(init=False)
     cached: int = 0  # places whose keys and values in the cache are final
     ended: bool = False
@@ -177,11 +211,20 @@ class Sequence:
         self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # commits, if watched, not yet told
         self.turns = self.request.config.flying.run(self)
         self.asked: list[Segment] = next(self.turns)
+        self.sides = (self, Companion(self)) if self.request.guided else (self,)  # what has pages of the cache
 
     @property
     def places(self) -> int:
         """Places of the cache that its next forward needs."""
         return self.base + sum(map(len, self.asked))
+
+    @property
+    def most_places(self) -> int:
+        return self.request.most_places
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Its final tokens at these places, int64."""
+        return self.tokens[start:end]
 
     def new_block(self, start: int) -> Block:
         """The block at `start` as decoding begins it: the prompt's tail, if it lies there, and masks."""
@@ -221,15 +264,19 @@ class Sequence:
 
     def advance(self, query: Query) -> None:
         """Account for a forward: what it wrote to the cache of final tokens is final."""
+        self.count(query, query.start < self.request.prompt_blocks_end)
+        self.cached = query.final
+
+    def count(self, query: Query, prefill: bool) -> None:
+        """A forward more."""
         if query.verify:
             self.verify += 1
         elif query.denoise:
             self.denoise += 1
-        elif query.start < self.request.prompt_blocks_end:
+        elif prefill:
             self.prefill += 1
         else:
             self.commit += 1
-        self.cached = query.final
 
     def end(self, first: int, last: int, tokenizer) -> tuple[int, str] | None:
         """(length, finish reason) if the sequence ends with its final block `first .. last`; None if it goes on.
@@ -268,3 +315,74 @@ class Sequence:
             text=text,
             sample=self.request.sample,
         )
+
+
+@dataclass(eq=False)
+class Companion:
+    """The other condition of a guided sequence: another prompt, the same response in every forward, pages of its own.
+
+    Its prompt is masked or a negative one, which may be of another length. So that the response lies in blocks as the
+    sequence's does, its first token has a position inside the first block, `origin`; places count from that token. All
+    that a sequence is asked about a query, a companion is too.
+    """
+
+    sequence: Sequence
+    prompt: np.ndarray = field(init=False)  # int64
+    origin: int = field(init=False)
+    shift: int = field(init=False)  # places of the response, counted from the sequence's
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        request = self.request
+        self.prompt = np.full(request.companion_length, self.sequence.mask_id, dtype=np.int64)
+        if request.negative_ids is not None:
+            self.prompt[:] = request.negative_ids
+        self.origin = request.companion_origin
+        self.shift = request.companion_length - len(request.prompt_ids)
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    @property
+    def ended(self) -> bool:
+        return self.sequence.ended
+
+    @property
+    def base(self) -> int:
+        """Places that are final. A prompt shorter than the sequence's begins inside its first block not final."""
+        return max(0, self.sequence.base + self.shift)
+
+    @property
+    def asked(self) -> list[Segment]:
+        """The sequence's, with this prompt in the place of its own; what lies before the origin is left out."""
+        mirrored: dict[int, Segment] = {}
+        for segment in self.sequence.asked:
+            place = segment.start + self.shift
+            cut = min(max(0, -place), len(segment))
+            place += cut
+            ids, want = segment.ids[cut:].copy(), segment.want[cut:]
+            own = self.prompt[place : place + len(ids)]
+            ids[: len(own)] = own
+            of = None if segment.of is None else mirrored[id(segment.of)]
+            mirrored[id(segment)] = replace(segment, start=place + self.origin, ids=ids, want=want, of=of, rows=None)
+        return list(mirrored.values())
+
+    @property
+    def places(self) -> int:
+        return self.base + sum(map(len, self.asked))
+
+    @property
+    def most_places(self) -> int:
+        return self.request.most_each[1]
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        n = len(self.prompt)
+        response = self.sequence.tokens[max(start, n) - self.shift : max(end, n) - self.shift]
+        return np.concatenate([self.prompt[start:end], response])
+
+    def advance(self, query: Query) -> None:
+        if query.counted:
+            self.sequence.count(query, query.start < self.request.prompt_blocks_end + self.shift)
+        self.cached = query.final

@@ -12,7 +12,8 @@ class Scheduler:
 
     A sequence is admitted when the cache holds its prompt and first block, with a page to spare for every running
     sequence that can still grow. When a running one cannot grow, the youngest yields: its pages are freed and it waits
-    in front, to be recomputed from its tokens. The oldest therefore always advances, and nothing is dropped.
+    in front, to be recomputed from its tokens. The oldest therefore always advances, and nothing is dropped. A guided
+    sequence and its companion come, grow and go together.
     """
 
     def __init__(self, cache: KVCache, max_batch_size: int, prefill_tokens: int, fused: bool):
@@ -29,29 +30,28 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended, or is no longer wanted: its pages are free at once."""
-        self.cache.release(sequence)
+        self._release(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
-    def plan(self) -> list[Query]:
-        """The queries of the next forward; empty only when nothing is left to do."""
+    def plan(self) -> tuple[list[Query], list[Query]]:
+        """The queries of the next forward, and those of companions; empty only when nothing is left to do."""
         self._make_room()
         self._admit()
         self.cache.compact()
-        queries, budget = [], self.prefill_tokens
+        queries, companions, budget = [], [], self.prefill_tokens
         for sequence in self.running:
-            query = self._query(sequence, budget)
-            if query is not None:
-                queries.append(query)
-                budget -= max(0, query.final - query.start - self._free_of_charge(sequence))
-        return queries
+            for query in self._queries(sequence, budget):
+                (queries if query.sequence is sequence else companions).append(query)
+                budget -= self._cost(sequence, query.final - query.start)
+        return queries, companions
 
     def _make_room(self) -> None:
         for sequence in list(self.running):
             if sequence not in self.running:  # it has yielded to an older one
                 continue
-            while not self.cache.grow(sequence, sequence.places):
+            while not self._grow(sequence):
                 youngest = self.running.pop()
-                self.cache.release(youngest)
+                self._release(youngest)
                 youngest.preemptions += 1
                 self.preemptions += 1
                 self.waiting.appendleft(youngest)
@@ -59,27 +59,47 @@ class Scheduler:
                     break
 
     def _admit(self) -> None:
-        can_grow = sum(self.cache.missing(s, s.request.most_places) > 0 for s in self.running)
+        can_grow = sum(map(self._can_grow, self.running))
         while self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
-            if self.cache.missing(sequence, sequence.places) + can_grow > self.cache.free_pages:
+            if not self._grow(sequence, spare=can_grow):
                 break
-            self.cache.grow(sequence, sequence.places)
-            can_grow += self.cache.missing(sequence, sequence.request.most_places) > 0
+            can_grow += self._can_grow(sequence)
             self.running.append(self.waiting.popleft())
 
-    def _free_of_charge(self, sequence: Sequence) -> int:
-        """Final tokens that every forward may carry: the blocks that the last one may have finished."""
-        config = sequence.request.config
-        return config.flying.most_final * config.block_size
+    def _grow(self, sequence: Sequence, spare: int = 0) -> bool:
+        """Give it and its companion pages for the next forward; False, and nothing taken, if that leaves too few."""
+        missing = sum(self.cache.missing(side, side.places) for side in sequence.sides)
+        return missing + spare <= self.cache.free_pages and all(self.cache.grow(s, s.places) for s in sequence.sides)
 
-    def _query(self, sequence: Sequence, budget: int) -> Query | None:
-        """What this sequence does next: denoise, together with all that is not cached yet if `budget` allows."""
-        block = sequence.request.config.block_size
-        pending = sequence.base - sequence.cached
-        if pending == 0 or (self.fused and pending <= budget + self._free_of_charge(sequence)):
-            return Query(sequence, sequence.cached, sequence.base, sequence.asked)
-        chunk = min(pending, block_start(budget, block) + block)
-        if budget <= 0 and pending > block:
-            return None
-        return Query(sequence, sequence.cached, sequence.cached + chunk, [])
+    def _can_grow(self, sequence: Sequence) -> int:
+        """How many of it and its companion may need a page more."""
+        return sum(self.cache.missing(side, side.most_places) > 0 for side in sequence.sides)
+
+    def _release(self, sequence: Sequence) -> None:
+        for side in sequence.sides:
+            self.cache.release(side)
+
+    def _cost(self, sequence: Sequence, final: int) -> int:
+        """What a forward with so many final tokens takes of the budget: every one may carry, free of charge, the blocks
+        that the last one may have finished."""
+        config = sequence.request.config
+        return max(0, final - config.flying.most_final * config.block_size)
+
+    def _queries(self, sequence: Sequence, budget: int) -> list[Query]:
+        """What this sequence does next: denoise, together with all that is not cached yet if `budget` allows.
+
+        Its companion does the same in the same forward; while only one of them has a prompt left to read, it alone.
+        """
+        block, sides = sequence.request.config.block_size, sequence.sides
+        pending = [side.base - side.cached for side in sides]
+        if not any(pending) or (self.fused and sum(self._cost(sequence, n) for n in pending) <= budget):
+            return [Query(side, side.cached, side.base, side.asked, side is sequence) for side in sides]
+        queries: list[Query] = []
+        for side, left in zip(sides, pending, strict=True):
+            if left == 0 or (budget <= 0 and left > block):
+                continue
+            whole = block_start(budget, block) + block - (side.cached + side.origin) % block
+            queries.append(Query(side, side.cached, side.cached + min(left, whole), [], not queries))
+            budget -= self._cost(sequence, min(left, whole))
+        return queries

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from t3d.decoding.flight import Row, Segment
-from t3d.engine.decide import Logits, StepEvent, decide
+from t3d.engine.decide import Logits, StepEvent, decide, guide
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Request, Sequence
 from t3d.engine.runner import Runner
@@ -118,15 +118,21 @@ class Session:
         Where a sequence's logits are not numbers, raises T3DError; with `isolate` the sequence is dropped with a
         FailedEvent instead, and the others go on.
         """
-        queries = self.scheduler.plan()
-        logits = Logits(self.runner.forward(self.cache, queries), self.mask_id)
-        denoising, count = [], 0
+        queries, companions = self.scheduler.plan()
+        values = self.runner.forward(self.cache, queries + companions)
+        denoising, count, guided = [], 0, []
         for query in queries:
             query.sequence.advance(query)
+            first = count
             for segment in query.segments:
                 segment.rows, count = number(segment, count)
             if query.denoise:
                 denoising.append(query.sequence)
+                if query.sequence.request.guided:
+                    guided.append((first, count, query.sequence.request.config.guidance_scale))
+        for query in companions:
+            query.sequence.advance(query)
+        logits = Logits(guide(values, count, guided) if guided else values, self.mask_id)
         events: list[Event] = []
         going, answer, failures = denoising, logits, []
         while going:
@@ -208,10 +214,16 @@ def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
     return rows, count + len(places)
 
 
+def pages_for(request: Request, page_size: int) -> int:
+    """The most pages that it can come to need."""
+    return sum(-(-places // page_size) for places in request.most_each)
+
+
 def check_fits(request: Request, pages: int, page_size: int) -> None:
     """Raises T3DError if a cache of this size can never hold the request."""
-    if request.most_places > pages * page_size:
+    if pages_for(request, page_size) > pages:
+        most = f"{sum(request.most_each)} positions" + (" with guidance" if request.guided else "")
         raise T3DError(
-            f"{request} can come to {request.most_places} positions, but the cache holds {pages * page_size} "
+            f"{request} can come to {most}, but the cache holds {pages * page_size} "
             f"({pages} pages of {page_size}); raise engine.kv_cache_tokens, or lower max_tokens or the blocks in flight"
         )

@@ -88,7 +88,8 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
     model, tokenizer = inputs.teacher
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
     names = [problem.id for problem in inputs.eval_problems]
-    check_prompts(recipe, model, tokenizer, prompts, names, recipe.eval.settings(recipe.seed))
+    settings = [inputs.eval_task.guided(decoding, tokenizer) for decoding in recipe.eval.settings(recipe.seed)]
+    check_prompts(recipe, model, tokenizer, prompts, names, settings)
     for path in recipe.eval.checkpoints:
         if load_model(checkpoint(path), dtype=recipe.model.dtype, device="cpu")[1] is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")

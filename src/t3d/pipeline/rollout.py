@@ -32,7 +32,8 @@ def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
         adopted(recipe, inputs)
         return
     names = [problem.id for problem in inputs.train_problems]
-    check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [recipe.rollout.decoding(recipe.seed)])
+    decoding = inputs.task.guided(recipe.rollout.decoding(recipe.seed), inputs.teacher[1])
+    check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [decoding])
 
 
 def rollout_jobs(recipe: Recipe, inputs: Inputs, number: int = 0, again: set[str] | None = None) -> list[Job]:

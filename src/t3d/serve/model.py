@@ -1,6 +1,7 @@
 """A checkpoint that is served: what a client asks for becomes requests for its worker."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -26,19 +27,33 @@ class Served:
         """Raises ApiError."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
+        return self._requests(
+            [self._rendered(body, None)], body, body.limit, "messages", lambda text: self._rendered(body, text)
+        )
+
+    def _rendered(self, body: ChatBody, last: str | None) -> str:
+        """The chat as text; with `last` in the place of what its last message of a user says. Raises ApiError."""
+        messages = [message.plain() for message in body.messages]
+        if last is not None:
+            users = [n for n, message in enumerate(messages) if message["role"] == "user"]
+            if not users:
+                raise ApiError(
+                    400, "negative_prompt stands for the user's message, but there is none", param="messages"
+                )
+            messages[users[-1]]["content"] = last
         try:
-            text = self.tokenizer.apply_chat_template(
-                [message.plain() for message in body.messages], tokenize=False, add_generation_prompt=True
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template: {error}", param="messages") from error
-        return self._requests([text], body, body.limit, "messages")
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """Raises ApiError."""
         return self._requests(body.prompts(), body, body.limit, "prompt")
 
-    def _requests(self, prompts: list, body: Decoding, limit: int | None, param: str) -> list[Request]:
+    def _requests(
+        self, prompts: list, body: Decoding, limit: int | None, param: str, render: Callable[[str], str] = str
+    ) -> list[Request]:
+        """render: what a negative prompt becomes."""
         if not prompts:
             raise ApiError(400, "there is no prompt", param=param)
         encoded = [
@@ -61,6 +76,8 @@ class Served:
             )
         try:
             config = body.decoding(self.default, limit or room)
+            if config.negative_prompt is not None:
+                config = replace(config, negative_prompt=render(config.negative_prompt))
             return make_requests(encoded, config, None, None, self.model, self.tokenizer)
         except T3DError as error:
             raise ApiError(400, str(error)) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
+from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
 
 SPLITS = ("train", "dev", "test")
@@ -88,11 +89,15 @@ class Task:
 
     def prompt(self, problem: Problem, tokenizer) -> list[int]:
         """Prompt ids: template, the tokenizer's chat template (if any) up to the answer, and the answer's start."""
-        text = self.prompt_text(problem)
-        if getattr(tokenizer, "chat_template", None):
-            message = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text + self.answer_start(problem), add_special_tokens=False)["input_ids"]
+        text = _rendered(self.prompt_text(problem), tokenizer) + self.answer_start(problem)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def guided(self, decoding: DecodingConfig, tokenizer) -> DecodingConfig:
+        """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""
+        if decoding.negative_prompt is None:
+            return decoding
+        text = _rendered(self.template.replace("{question}", decoding.negative_prompt), tokenizer)
+        return replace(decoding, negative_prompt=text + Task.answer_start(self, Problem("", "")))
 
     def judge(self, text: str, problem: Problem) -> Verdict:
         """What is to be said about the response `text`, which begins where the prompt ends. Safe in threads."""
@@ -109,6 +114,14 @@ class Task:
     def solution(self, problem: Problem, rng: Random) -> str:
         """A ground-truth response (one of several at random, where there are several)."""
         raise T3DError(f"task {self.name!r} has no ground-truth responses for {problem.id}; train on rollouts")
+
+
+def _rendered(text: str, tokenizer) -> str:
+    """The text as the user's message in the tokenizer's chat template, if it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return text
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 _TASKS: dict[str, type[Task]] = {}
