@@ -19,41 +19,46 @@ def model():
     return make_model()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_equals_plain_sampler(model, data):
-    draw = data.draw
+@st.composite
+def configs(draw):
     size = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
-    name = draw(st.sampled_from(["low_confidence_static", "low_confidence_dynamic", "sequential", "random", "factor"]))
-    dynamic = name == "low_confidence_dynamic"
-    config = DecodingConfig(
+    dynamic = draw(st.booleans())  # the only one here that `force` matters to
+    others = ["low_confidence_static", "sequential", "random", "factor"]
+    return DecodingConfig(
         block_size=size,
         steps=draw(st.integers(1, size)),
         window=draw(st.sampled_from([None, 1, 2, 5])),
-        strategy=name,
+        strategy="low_confidence_dynamic" if dynamic else draw(st.sampled_from(others)),
         floor="one",
         threshold=draw(st.sampled_from([0.05, 0.2, 0.9])),
         factor=draw(st.sampled_from([0.5, 3.0])),
-        blocks_in_flight=draw(st.integers(1, 4)),
+        blocks_in_flight=draw(st.sampled_from([4, 3, 2, 1])),
         enter=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         force=draw(st.sampled_from([0.0, 0.25, 1.0, 2.0])) if dynamic else 0.0,
         temperature=draw(st.sampled_from([0.0, 1.0])),
         max_tokens=draw(st.integers(1, 24)),
-        stop_ids=STOPS,
+        stop_ids=draw(st.sampled_from([(), STOPS])),
         seed=draw(st.integers(0, 1000)),
     )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mixed=st.lists(configs(), min_size=3, max_size=3), data=st.data())
+def test_equals_plain_sampler(model, mixed, data):
+    draw = data.draw
     rng = random.Random(draw(st.integers(0, 1000)))
-    prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 13))] for _ in range(3)]
+    prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 13))] for _ in mixed]
     engine = Engine(
         model,
         max_batch_size=draw(st.integers(1, 3)),
-        page_size=draw(st.sampled_from([4, 16])),
+        page_size=16,
         prefill_tokens=draw(st.sampled_from([1, 8, 1024])),
         fused=draw(st.booleans()),
     )
-    for prompt, result in zip(prompts, engine.generate(prompts, config), strict=True):
-        t = result[0] if isinstance(result, list) else result
-        ids, steps, confidence, length, reason, forwards = reference_multi_block(model, prompt, config, t.seed, STOPS)
+    for prompt, config, t in zip(prompts, mixed, engine.generate(prompts, mixed), strict=True):
+        ids, steps, confidence, length, reason, forwards = reference_multi_block(
+            model, prompt, config, t.seed, config.stop_ids
+        )
         assert (t.response_ids, t.step_map) == (ids, steps)
         assert t.confidence == pytest.approx(confidence, abs=1e-4)
         assert (t.length, t.finish_reason, t.nfe.denoise) == (length, reason, forwards)
