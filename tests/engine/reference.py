@@ -103,3 +103,60 @@ def reference_decode(model, prompt, config, seed, stop_ids=()):
                 return response, step_map, confidence, place + 1, "stop", forwards
         if len(response) >= config.max_tokens:
             return response, step_map, confidence, config.max_tokens, "length", forwards
+
+
+@torch.no_grad()
+def reference_multi_block(model, prompt, config, seed, stop_ids=()):
+    """As `reference_decode`, with several blocks in flight; blocks after the first may advance by nothing only under
+    `low_confidence_dynamic` with the floor "one"."""
+    mask_id, size = model.config.mask_token_id, config.block_size
+    steps, width = config.steps or size, config.window or size
+    ids, base, forwards = list(prompt), len(prompt) // size * size, 0
+    end = -(-(len(prompt) + config.max_tokens) // size) * size
+    committed, counts = {}, {}
+    starts = [base]
+
+    def progress(start):
+        return 1 - ids[start : start + size].count(mask_id) / size
+
+    while True:
+        while len(ids) < starts[-1] + size:
+            ids.append(mask_id)
+        logits = reference_logits(model, ids, size)
+        forwards += 1
+        before = {start: progress(start) for start in starts}
+        for depth, start in enumerate(starts):
+            masked = [p for p in range(start, start + size) if ids[p] == mask_id]
+            if not masked:
+                continue
+            first = start + (masked[0] - start) // width * width
+            masked = [p for p in masked if p < first + width]
+            step = counts.get(start, 0)
+
+            def number(p, step=step, stream=0):
+                return float(uniform(*(torch.tensor([x]) for x in (seed, p, step)), stream=stream))
+
+            drawn = {p: reference_draw(logits[p], config, number(p)) for p in masked}
+            quota = min(size // steps + (1 if step < size % steps else 0), len(masked))
+            chosen = reference_choice(drawn, config, quota, {p: number(p, stream=1) for p in masked})
+            if depth and before[starts[depth - 1]] < config.force:
+                chosen = [p for p in chosen if drawn[p][1] > config.threshold]
+            for p in chosen:
+                ids[p] = drawn[p][0]
+                committed[p] = (step, drawn[p][1])
+            counts[start] = step + bool(chosen)
+        while starts and progress(starts[0]) == 1:
+            base = starts.pop(0) + size
+            response = ids[len(prompt) : base]
+            stops = [n for n, token in enumerate(response[: config.max_tokens]) if token in stop_ids]
+            if stops or len(response) >= config.max_tokens:
+                told = [committed[p] for p in range(len(prompt), base)]
+                reason, length = ("stop", stops[0] + 1) if stops else ("length", config.max_tokens)
+                return response, [t[0] for t in told], [t[1] for t in told], length, reason, forwards
+        while len(starts) < config.blocks_in_flight:
+            if starts:
+                flying = ids[max(starts[0], len(prompt)) : starts[-1] + size]
+                if starts[-1] + size >= end or progress(starts[-1]) < config.enter or set(flying) & set(stop_ids):
+                    break
+            starts.append(starts[-1] + size if starts else base)
+            ids += [mask_id] * (starts[-1] + size - len(ids))
