@@ -84,7 +84,7 @@ def main() -> None:
             "model": {"path": str(root / "model"), "device": "cpu"},
             "task": {"name": options.task, "path": str(Path(options.prompts).resolve())},
             "engine": {"max_batch_size": options.batch},
-            "eval": {"steps": [options.steps], "max_tokens": options.max_tokens},
+            "eval": {"grid": [{"steps": options.steps}], "max_tokens": options.max_tokens},
         }
         (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         for name, kill_after in (("killed", options.kill_after), ("continued", None), ("complete", None)):

@@ -34,15 +34,16 @@ def test_sections_are_typed_and_defaults_fill_the_rest(recipe):
     assert found.train["learning_rate"] == 0.002
     assert found.train["objective"] == "t3d"
     assert "weight_decay" not in found.train  # inherited, not set: transformers' default holds
-    assert list(found.eval.steps) == [4, 2, 1]
+    assert list(found.eval.grid) == [{"steps": [4, 2, 1]}]
 
 
 def test_overrides_win_in_order_and_are_yaml(recipe):
     path = recipe("task: {num_train: 5}\n")
-    overrides = ["task.num_train=7", "task.num_train=8", "eval.steps=[2]", "train.learning_rate=1e-4", "run_dir=a=b"]
+    overrides = ["task.num_train=7", "task.num_train=8", "eval.grid=[{steps: 2}]", "train.learning_rate=1e-4"]
+    overrides.append("run_dir=a=b")
     found = load_recipe(path, [*overrides, "task.path=", "train.lr_scheduler_kwargs.min_lr_rate=0.5"])
     assert found.task.num_train == 8
-    assert list(found.eval.steps) == [2]
+    assert list(found.eval.grid) == [{"steps": 2}]
     assert found.train["learning_rate"] == 1e-4
     assert found.run_dir == "a=b"
     assert found.task.path is None
@@ -86,7 +87,10 @@ WRONG = {
     "train: {mask_per_block: 1}": "train.mask_per_block must be bool, got 1 (int)",
     "train: {max_steps: '10'}": "train.max_steps must be int, got '10' (str)",
     "train: {output_dir: x}": "train.output_dir is not yours to set",
-    "eval: {steps: 4}": "eval.steps must be list of int",
+    "eval: {grid: 4}": "eval.grid must be list of",
+    "eval: {grid: [{steps: many}]}": "item 1 of grid: steps must be int",
+    "eval: {grid: [{stepz: 4}]}": "unknown key 'stepz' (did you mean 'steps'?)",
+    "eval: {steps: [4]}": "eval.steps is now in the grid: eval.grid=",
     "seed: 2001-01-01": "seed must be int",
     "rollout: {top_p: 2}": "rollout: top_p must lie in (0, 1], got 2.0",
     "rollout: {save_every: 0}": "rollout: save_every must be at least 1",
@@ -198,8 +202,14 @@ def test_every_recipe_of_ours_is_one(path, tmp_path):
 
 
 def test_a_key_that_a_record_lacks_means_what_versions_without_it_did():
-    recipe = {"train.objective": "mean_field", "train.mf_forward": 0.3, "train.mf_anchor": 0.5, "eval.steps": [4]}
-    old = {name: value for name, value in recipe.items() if name not in ("train.mf_forward", "eval.steps")}
+    recipe = {
+        "train.objective": "mean_field",
+        "train.mf_forward": 0.3,
+        "train.mf_anchor": 0.5,
+        "eval.grid": [{"steps": 4}],
+    }
+    old = {name: value for name, value in recipe.items() if name not in ("train.mf_forward", "eval.grid")}
+    old |= {"eval.steps": [4, 2], "eval.threshold": [0.9]}  # what versions before the grid had
     assert list(differences(old, recipe)) == [("train.mf_forward", 0.0, 0.3)]
     assert list(differences(old, recipe | {"train.mf_forward": 0.0})) == []
     del old["train.mf_anchor"]  # its default is what went without saying

@@ -24,7 +24,7 @@ def block_ids(positions, block_size: int):
 
 
 def block_start(position, block_size: int):
-    """First position of the block that `position` lies in (int or array); of a length, where its last whole block ends."""
+    """First position of the block that `position` lies in; of a length, the end of its last whole block."""
     return position // block_size * block_size
 
 

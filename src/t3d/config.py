@@ -163,6 +163,16 @@ OWNED = {  # fields of TrainingArguments that are not the recipe's to set, and w
     "load_best_model_at_end": "set train.eval_every; keep_best is on by default",
     "remove_unused_columns": "a batch is made of trajectories, not of columns",
 }
+MOVED = {  # keys of earlier versions, and how to say it now
+    ("eval", "steps"): "the grid: eval.grid=[{steps: [4, 2]}]",
+    ("eval", "strategy"): "the grid: eval.grid=[{strategy: [sequential, random]}]",
+    ("eval", "threshold"): "the grid: eval.grid=[{strategy: low_confidence_dynamic, threshold: [.8, .9]}]",
+    ("eval", "floor"): "the grid: eval.grid=[{strategy: low_confidence_dynamic, floor: schedule}]",
+    ("eval", "entropy_bound"): "the grid: eval.grid=[{strategy: entropy_bounded_eb, entropy_bound: [.2, .4]}]",
+    ("eval", "factor"): "the grid: eval.grid=[{strategy: factor, factor: [1, 2]}]",
+    ("eval", "risk"): "the grid: eval.grid=[{strategy: adaptive, risk: [.1, .2]}]",
+    ("eval", "block_size"): "the grid: eval.grid=[{block_size: 8, steps: [8, 4]}]",
+}
 _PYDANTIC = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
 
@@ -335,6 +345,8 @@ def _flat(values: dict, source: str) -> Iterator[tuple[str, Any]]:
             for key in value:
                 if name == "train" and key in OWNED:
                     raise T3DError(f"{source}: train.{key} is not yours to set: {OWNED[key]}")
+                if (name, key) in MOVED:
+                    raise T3DError(f"{source}: {name}.{key} is now in {MOVED[name, key]}")
                 if key not in keys(name):
                     hint = nearest(str(key), keys(name)).replace(" '", f" '{name}.")
                     raise T3DError(f"{source}: unknown key '{name}.{key}'{hint}; `t3d config` lists all")

@@ -38,7 +38,7 @@ def view(confidence, entropy=None, masked=None, quota=1, uniform=None, must=True
 def chosen(name, v, **settings):
     policy = POLICIES[name](**settings)
     decision = policy.decide(v, Knobs([policy]), {})
-    return lawful(decision, v, MASK, torch.zeros_like(v.tokens)).commit[0].nonzero()[:, 0].tolist()
+    return lawful(decision, v, MASK, lambda: torch.zeros_like(v.tokens)).commit[0].nonzero()[:, 0].tolist()
 
 
 def test_static_takes_the_most_confident_and_the_leftmost_of_equals():

@@ -24,7 +24,7 @@ RECIPE = {
         "learning_rate": 1e-3,
         "round_interval": 3,
     },
-    "eval": {"steps": [4, 1], "max_tokens": 32},
+    "eval": {"grid": [{"steps": [4, 1]}], "max_tokens": 32},
 }
 
 

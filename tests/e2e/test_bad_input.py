@@ -36,7 +36,7 @@ def refused(done, *said: str) -> None:
         ("train: {optim: sgdd}", "train: "),
         ("eval: {checkpoints: {a: b}}", "eval.checkpoints must be list of str"),
         ("train: {report_to: [nowhere]}", "train.report_to: nowhere is not installed, or unknown"),
-        ("eval: {strategy: [low_confidence]}", "unknown strategy"),
+        ("eval: {grid: [{strategy: low_confidence}]}", "unknown strategy"),
         ("rollout: {steps: 0}", "rollout: steps must be at least 1"),
     ],
 )
@@ -122,7 +122,7 @@ def test_checkpoint(t3d, write_recipe, tiny, case):
 
 def test_settings_that_do_not_fit_the_model(t3d, write_recipe):
     recipe = write_recipe(t3d.folder)
-    refused(t3d("run", recipe, "eval.steps=[4,5]"), "steps = 5 is more than block_size = 4")
+    refused(t3d("run", recipe, "eval.grid=[{steps: [4, 5]}]"), "steps = 5 is more than block_size = 4")
     refused(t3d("run", recipe, "rollout.steps=5"), "steps = 5 is more than block_size = 4")
     refused(t3d("run", recipe, "model.dtype=float33"), "float33")
     assert not (t3d.folder / "runs" / "recipe").exists()

@@ -14,7 +14,7 @@ STUDY = {
     "recipe": "recipe.yaml",
     "folder": "runs/study",
     "seeds": [0, 1],
-    "set": ["train.path_lambda=1", "eval.strategy=[low_confidence_static,low_confidence_dynamic]"],
+    "set": ["train.path_lambda=1", "eval.grid=[{steps: [4, 1]}, {strategy: low_confidence_dynamic}]"],
     "against": ["t3d"],
     "variants": {
         "t3d": [],
@@ -122,7 +122,7 @@ def test_results_of_nothing_are_refused(t3d, write_recipe):
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_before_any_rollout(t3d, write_recipe):
-    done = t3d("study", write_study(t3d.folder, write_recipe), "eval.steps=[5]")
+    done = t3d("study", write_study(t3d.folder, write_recipe), "eval.grid=[{steps: 5}]")
     assert done.code == 2
     assert "steps = 5 is more than block_size = 4" in done.stderr
     assert "5 of 5 runs failed" in done.stderr.splitlines()[-1]

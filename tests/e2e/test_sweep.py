@@ -33,7 +33,7 @@ def test_a_checkpoint_alone_then_more_settings_then_a_student(t3d, write_recipe,
     assert t3d("report", recipe).code == 0
 
     assert "complete, skipped" in t3d("eval", recipe).stderr
-    more = t3d("eval", recipe, "eval.strategy=[low_confidence_dynamic]", "eval.threshold=[.1,.9]")
+    more = t3d("eval", recipe, "eval.grid=[{strategy: low_confidence_dynamic, threshold: [.1, .9]}]")
     assert more.code == 0, more.stderr
     assert more.stderr.count("eval: teacher, dynamic") == 2
     grown = rows(t3d.folder)
@@ -50,7 +50,7 @@ def test_a_checkpoint_alone_then_more_settings_then_a_student(t3d, write_recipe,
     assert [facts(row) for row in whole if not row["knobs"]] == [facts(row) for row in expected]
     assert shards(t3d.folder).items() > kept.items()
 
-    fewer = t3d("eval", recipe, "task.num_eval=3", "eval.steps=[4]")
+    fewer = t3d("eval", recipe, "task.num_eval=3", "eval.grid=[{steps: 4}]")
     assert fewer.code == 0, fewer.stderr
     assert fewer.stderr.count("no longer among the results") == 4  # said, not silent
     assert {row["num_problems"] for row in rows(t3d.folder)} == {3}
@@ -62,7 +62,7 @@ def test_samples_seeds_and_checkpoints(t3d, write_recipe, tiny, finished):
     recipe = write_recipe(t3d.folder)
     shutil.copytree(finished[0] / "student", t3d.folder / "a" / "student")
     shutil.copytree(finished[0] / "student", t3d.folder / "b" / "student")
-    grid = ["eval.temperature=[1.0]", "eval.steps=[2]", "eval.samples=2", "eval.seeds=[0,1]"]
+    grid = ["eval.temperature=[1.0]", "eval.grid=[{steps: 2}]", "eval.samples=2", "eval.seeds=[0,1]"]
     done = t3d("eval", recipe, *grid, "eval.checkpoints=[a/student,b/student/]")
     assert done.code == 0, done.stderr
     found = rows(t3d.folder)
@@ -106,7 +106,7 @@ def test_samples_seeds_and_checkpoints(t3d, write_recipe, tiny, finished):
         ("eval.max_tokens=16", "eval.max_tokens"),
         ("task.template='Now: {question}'", "task.template"),
         ("task.name=prompts", "task.name"),
-        ("eval.steps=[5]", "steps = 5 is more than block_size"),
+        ("eval.grid=[{steps: 5}]", "steps = 5 is more than block_size"),
     ],
 )
 def test_what_is_there_is_never_overwritten(t3d, write_recipe, tiny, evaluated, change, said):

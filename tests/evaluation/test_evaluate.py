@@ -18,8 +18,8 @@ from t3d import DecodingConfig, Engine, T3DError
 from t3d.decoding.policy import POLICIES
 from t3d.evaluation import EvalConfig, evaluate, read_summary, runner, summarise, table, write_summary
 from t3d.evaluation.results import markdown
-from t3d.evaluation.rows import print_table
-from t3d.evaluation.runner import resolve, setting_name
+from t3d.evaluation.rows import print_table, setting
+from t3d.evaluation.runner import setting_name
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories import NFE, TrajectoryDataset, read_trajectories
@@ -202,40 +202,73 @@ def test_without_output_nothing_is_kept(parts, tmp_path, monkeypatch):
 def test_grid_of_settings():
     assert [c.steps for c in EvalConfig().settings(3)] == [4, 2, 1]
     assert {c.seed for c in EvalConfig().settings(3)} == {3}
-    both = ["low_confidence_static", "low_confidence_dynamic"]
-    config = EvalConfig(steps=[2, 1], strategy=both, threshold=[0.8, 0.9], seeds=[1, 2], samples=3)
-    grid = config.settings(0)
-    assert len(grid) == len(set(grid)) == 2 * (2 + 2)  # a threshold means nothing to the static, steps to the dynamic
-    assert {c.n for c in grid} == {3}
-    assert len(EvalConfig(strategy=both[1:], steps=[2, 1], threshold=[0.8, 0.9], floor="schedule").settings(0)) == 4
-    assert len(EvalConfig(steps=[2, 2]).settings(0)) == 1
-    bounds = EvalConfig(strategy=["entropy_bounded_eb", "random"], entropy_bound=[0.1, 0.2], steps=[2]).settings(0)
-    assert [(c.strategy, c.entropy_bound, c.steps) for c in bounds[:2]] == [
-        ("entropy_bounded_eb", 0.1, None),
-        ("entropy_bounded_eb", 0.2, None),
-    ]
-    assert (bounds[2].strategy, bounds[2].steps) == ("random", 2)
+    grid = [{"steps": [2, 1]}, {"strategy": "low_confidence_dynamic", "threshold": [0.8, 0.9], "depth": 2}]
+    found = EvalConfig(grid=grid, seeds=[1, 2], samples=3).settings(0)
+    assert len(found) == len(set(found)) == 2 * (2 + 2)
+    assert {c.n for c in found} == {3}
+    assert len(EvalConfig(grid=[{"steps": [2, 2]}]).settings(0)) == 1
+    names = ["entropy_bounded_eb", "random"]
+    bounds = EvalConfig(grid=[{"strategy": names, "entropy_bound": [0.1, 0.2], "steps": 2}]).settings(0)
+    assert [(c.strategy, c.entropy_bound) for c in bounds] == [(n, b) for n in names for b in (0.1, 0.2)]
 
 
-def test_what_a_strategy_does_not_look_at_does_not_distinguish_settings():
-    model = make_model()
-    static = [DecodingConfig(steps=2), DecodingConfig(steps=2, threshold=0.1, risk=3.0, floor="schedule")]
-    assert resolve(static[0], model) == resolve(static[1], model)
+def test_whatever_can_be_rolled_out_can_be_evaluated():
+    item = {
+        "confidence": "sampling",
+        "stop": ["END", "."],
+        "stop_ids": [[1, 2], [3]],
+        "ignore_eos": True,
+        "flight": "look_ahead",
+        "depth": [1, 2],
+        "temperature": 0.5,
+    }
+    found = EvalConfig(grid=[item], temperature=[0.0, 1.0]).settings(0)
+    assert [(c.stop_ids, c.depth) for c in found] == [((1, 2), 1), ((1, 2), 2), ((3,), 1), ((3,), 2)]
+    assert {(c.confidence, c.stop, c.ignore_eos, c.temperature) for c in found} == {
+        ("sampling", ("END", "."), True, 0.5)
+    }
+
+
+def test_what_a_policy_does_not_look_at_does_not_distinguish_settings():
+    def canonical(**settings):
+        return DecodingConfig(**settings).at(4).canonical()
+
+    assert canonical(steps=2) == canonical(steps=2, threshold=0.1, risk=3.0, floor="schedule", depth=3, enter=0.7)
     dynamic = {"strategy": "low_confidence_dynamic"}
-    assert resolve(DecodingConfig(steps=2, **dynamic), model) == resolve(DecodingConfig(**dynamic), model)
-    scheduled = resolve(DecodingConfig(steps=2, floor="schedule", **dynamic), model)
-    assert scheduled.steps == 2
-    names = {setting_name(resolve(c, model)) for c in EvalConfig(strategy=sorted(POLICIES)).settings(0)}
-    assert len(names) == len(EvalConfig(strategy=sorted(POLICIES)).settings(0))
+    assert canonical(steps=2, **dynamic) == canonical(**dynamic)
+    assert canonical(steps=2, floor="schedule", **dynamic).steps == 2
+    assert canonical(flight="look_ahead", depth=3).depth == 3
+    every = [
+        {"strategy": sorted(POLICIES)},
+        {"flight": "look_ahead", "depth": [1, 2]},
+        {"blocks_in_flight": [2, 4], "enter": [0.1, 0.5]},
+        {"window": 2, "stop": [["a"], ["b"]]},
+    ]
+    found = [c.at(4).canonical() for c in EvalConfig(grid=every).settings(0)]
+    assert len({setting_name(c) for c in found}) == len(set(found)) == len(POLICIES) + 2 + 4 + 2
+
+
+def test_flights_have_rows_and_folders_of_their_own(parts, tmp_path):
+    model, tokenizer, task, problems = parts
+    grid = [{"steps": 2}, {"steps": 2, "flight": "look_ahead", "depth": 2}, {"steps": 2, "blocks_in_flight": 3}]
+    found = EvalConfig(grid=grid, max_tokens=32).settings(0)
+    rows = evaluate(model, tokenizer, task, problems[:3], found, output=tmp_path)
+    assert [setting(row.to_dict()) for row in rows] == ["2 steps", "2 steps, look-ahead 2", "2 steps, 3 blocks"]
+    assert len({row.results for row in rows}) == 3
+    assert rows[0].accuracy == rows[1].accuracy
+    assert rows[0].tpf <= rows[1].tpf
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": ["low_confidence_statik"]}, "did you mean 'low_confidence_static'"),
-        ({"steps": []}, "steps is an empty list"),
-        ({"steps": [0]}, "steps must be at least 1"),
-        ({"threshold": [1.5], "strategy": ["low_confidence_dynamic"]}, "threshold must lie in 0..1"),
+        ({"grid": [{"strategy": ["low_confidence_statik"]}]}, "did you mean 'low_confidence_static'"),
+        ({"grid": [{"steps": []}]}, "steps is an empty list"),
+        ({"grid": []}, "grid is an empty list"),
+        ({"grid": [{"steps": 2}, {"n": 2}]}, "item 2 of grid: n is for the whole grid, set eval.samples"),
+        ({"grid": [{"stepz": 2}]}, "did you mean 'steps'"),
+        ({"grid": [{"steps": [0]}]}, "steps must be at least 1"),
+        ({"grid": [{"threshold": 1.5}]}, "threshold must lie in 0..1"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"split": "tset"}, "split is test, dev or train"),
     ],

@@ -385,3 +385,26 @@ def test_version_1_had_neither_revisions_nor_forwards_that_verify(tmp_path):
     (read,) = TrajectoryDataset(tmp_path / "then")
     assert read.nfe == NFE(prefill=1, denoise=2, commit=3, verify=0)
     assert read.revisions is None
+
+
+def test_a_file_of_format_1_is_read():
+    """Written by a version that knew no revisions; it reads as it was, and version 2 adds to it what is new."""
+    path = Path(__file__).parent / "data" / "format1.parquet"
+    assert pq.read_schema(path).metadata[b"t3d_format_version"] == b"1"
+    assert "revisions" not in pq.read_schema(path).names
+    assert list(read_trajectories(path)) == [make_trajectory(f"p{i}") for i in range(3)]
+
+
+def test_revisions_are_kept(tmp_path):
+    """Where something was revised, steps may go beyond the block's size; null where nothing was."""
+    plain, revised = make_trajectory("a", blocks=1, prompt=4), make_trajectory("b", blocks=1, prompt=4)
+    revised = replace(revised, revisions=[0, 2, 0, 1], step_map=[0, 7, 1, 5])
+    write(tmp_path, [plain, revised])
+    assert list(read_trajectories(tmp_path)) == [plain, revised]
+    for wrong, message in (
+        ({"revisions": [0, 1]}, "revisions has 2 entries"),
+        ({"revisions": [0, -1, 0, 0]}, "must not be negative"),
+        ({"revisions": None}, "steps count from 0"),
+    ):
+        with pytest.raises(T3DError, match=message):
+            validate(replace(revised, **wrong))

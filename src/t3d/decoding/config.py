@@ -1,6 +1,6 @@
 """How to decode: the settings a user chooses, checked when they are made."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cached_property
 
 from t3d.decoding import flights, policies
@@ -68,6 +68,29 @@ class _General:
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         check(all(self.stop), "a stop string must not be empty")
         self.flying.check(self.policy, self)
+
+    def at(self, block_size: int | None) -> "DecodingConfig":
+        """These settings with block size and steps filled in, for a model of this block size. Raises T3DError."""
+        block = self.block_size or block_size
+        if block is None:
+            raise T3DError("the model's config has no block_size; set it in the decoding settings")
+        steps = self.steps or block
+        if steps > block:
+            raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
+        return replace(self, block_size=block, steps=steps)
+
+    def canonical(self) -> "DecodingConfig":
+        """These settings without what their policy and flight do not look at, so that equal ones are equal."""
+        used = {f.name for f in fields(self.policy)} | self.flying.used
+        unused = {name: f.default for name, f in OWNED.items() if name not in used}
+        if not self.policy.uses_steps:
+            unused["steps"] = self.block_size
+        return replace(self, **unused)
+
+    def differing(self, names) -> dict:
+        """Those of the named settings that are not at their defaults."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
     @cached_property
     def policy(self) -> Policy:

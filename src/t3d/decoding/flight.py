@@ -1,14 +1,13 @@
 """Flights: what a sequence's next forward computes, and what its answers make final.
 
 A flight is a frozen dataclass of its own settings with one generator, `run`. It yields either a list of `Segment`s, the
-tokens that the next forward carries beside those that are final, or a list of `Row`s, block rows for the policy to decide on
-with that forward's logits. All sequences of a batch take these turns together. A flight that decides for itself gets
-the logits as the value of `yield segments`. Adding one is a file in `flights/`, or a module that an installed package
-names under the entry point `t3d.flights`.
+tokens that the next forward carries beside those that are final, and gets that forward's logits; or a list of `Row`s,
+block rows for the policy to decide on by these logits. All sequences of a batch take these turns together. Adding one
+is a file in `flights/`, or a module that an installed package names under the entry point `t3d.flights`.
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -64,8 +63,8 @@ class Block:
 class Segment:
     """Consecutive tokens of one sequence in one forward, in places of their own behind what is final.
 
-    `ids` int64 (n,); `want` bool (n,), whose logits are wanted. After the forward `rows` int64 (n,) says which row of the
-    logits each has, -1 for none. of: the segment that the rules NEXT and EXCEPT look at, an earlier one of this forward.
+    `ids` int64 (n,); `want` bool (n,), whose logits are wanted. After the forward `rows` int64 (n,) says which row of
+    the logits each has, -1 for none. of: the segment that the rules NEXT and EXCEPT look at, an earlier one here.
     """
 
     start: int  # absolute position of the first token
@@ -81,7 +80,7 @@ class Segment:
 
 @dataclass(eq=False)
 class Row:
-    """One block for the policy to decide on. logits: int64 (block_size,), its places' rows of the logits, -1 for none."""
+    """A block for the policy to decide on. logits: int64 (block_size,), its places' rows of the logits, -1 for none."""
 
     block: Block
     logits: np.ndarray
@@ -100,6 +99,17 @@ class Flight:
     causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 
     @property
+    def label(self) -> str:
+        """What tables call it beside a policy; empty for one block after the other."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return " ".join([self.name.replace("_", " "), *(f"{value:g}" for value in values)])
+
+    @property
+    def used(self) -> set[str]:
+        """Its settings that make a difference as they are."""
+        return {f.name for f in fields(self)}
+
+    @property
     def most_final(self) -> int:
         """Blocks that can become final by one forward."""
         return 1
@@ -112,9 +122,11 @@ class Flight:
         """Raises T3DError if it cannot work with this policy and these settings."""
 
     def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
-        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order. After that
-        the generator is only resumed if the sequence has not ended. Segments are answered with the forward's logits.
-        Raises T3DError if the sequence cannot go on."""
+        """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order.
+
+        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not
+        done. Raises T3DError if the sequence cannot go on.
+        """
         raise NotImplementedError
 
 

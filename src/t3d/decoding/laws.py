@@ -6,6 +6,7 @@
 - A step masks fewer places again than it commits, so that a block gets fuller until its revisions are used up.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,8 +27,8 @@ class Lawful:
     remask: Tensor | None = None
 
 
-def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Tensor) -> Lawful:
-    """What is done of what a policy said. revisions: int64 (rows, block), how often each place was revised."""
+def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Callable[[], Tensor]) -> Lawful:
+    """What is done of what a policy said. revisions: gives int64 (rows, block), how often each place was revised."""
     if isinstance(decision, Tensor):
         decision = Decision(decision)
     commit = decision.commit & view.masked
@@ -36,7 +37,7 @@ def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Ten
         commit |= none[:, None] & best(view.confidence, view.quota.new_ones(view.quota.shape)) & view.masked
     result = Lawful(commit)
     if decision.rewrite is not None or decision.remask is not None:
-        filled = (view.tokens != mask_id) & ~view.fixed & (revisions < MOST_REVISIONS)
+        filled = (view.tokens != mask_id) & ~view.fixed & (revisions() < MOST_REVISIONS)
     if decision.rewrite is not None:
         new = result.new = decision.rewrite
         result.rewrite = filled & (new != view.tokens) & (new != mask_id)

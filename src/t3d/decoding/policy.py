@@ -1,7 +1,7 @@
 """Decoding policies: which places of a block are committed, rewritten or masked again at a step.
 
-A policy is a frozen dataclass of its own settings with one pure function, `decide`, over a batch of block rows. A row is
-one block in flight of one sequence. The caller keeps the laws (`laws.py`), so a policy may say more than is allowed.
+A policy is a frozen dataclass of its own settings with one pure function, `decide`, over a batch of block rows. A row
+is one block in flight of one sequence. The caller keeps the laws (`laws.py`), so a policy may say more than is allowed.
 Adding one is a file in `policies/`, or a module that an installed package names under the entry point `t3d.policies`.
 """
 
@@ -31,9 +31,9 @@ NEEDS = frozenset({ENTROPY, UNIFORM, FILLED, SHADOW, STOP})
 class View:
     """What a policy sees; a row is one block at one step.
 
-    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool (rows,
-    block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token drawn at
-    each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
+    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool
+    (rows, block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token
+    drawn at each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
     quota: int64 (rows,), k_s, never more than the masks in the window. step: int64 (rows,), steps of this block that
     changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
     progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be
@@ -80,7 +80,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Memory:
-    """State that is born and dies with the block. shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab)."""
+    """State that lives as long as the block. shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab)."""
 
     shape: str = "row"
     dtype: torch.dtype = torch.float32
@@ -118,8 +118,13 @@ class Policy:
     memory: ClassVar[dict[str, Memory]] = {}
     scheduled: ClassVar[bool] = False  # commits just `quota` masks at every step, so `steps` sets the speed
 
+    @property
+    def uses_steps(self) -> bool:
+        """Whether it looks at `view.quota` as a schedule, so that the setting `steps` matters."""
+        return self.scheduled
+
     def decide(self, view: View, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor | Decision:
-        """What happens now, for all rows at once; `self` is one row's settings and not to be read, `knobs` has all rows'.
+        """What happens now, for all rows at once. `knobs` has the settings of all rows, `self` only those of the first.
 
         memory: name -> (rows, *shape); what is written into it is there at the block's next step.
         """

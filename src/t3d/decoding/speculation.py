@@ -3,7 +3,7 @@
 The draft comes from an ordinary forward over a masked block. The verifying forward carries the draft, whose tokens see
 only those before them, and behind it masks that see the draft before their own place (`Rule.TOKEN`, `Rule.NEXT`): what
 the model predicts when it decodes one token at a time. Accepting and replacing by the rule of speculative sampling
-(Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318) makes the tokens draws of that decoder, whatever the draft.
+(Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318) makes tokens draws of that decoder, whatever the draft.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A decision of the policies on a batch of block rows: draw a token for each place that was asked, and do what is lawful."""
+"""Policies decide on a batch of block rows: a token is drawn for each place that was asked; what is lawful is done."""
 
 from dataclasses import dataclass
 
@@ -61,7 +61,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> li
             kind.decide(rows[mine[0]][0].policy, some, batch.knobs(kind, mine), memory),
             some,
             batch.mask_id,
-            batch.revisions(mine),
+            lambda mine=mine: batch.revisions(mine),
         )
         batch.keep(kind, mine, memory)
         for place, number in enumerate(mine):
@@ -70,7 +70,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> li
 
 
 class _Batch:
-    """Rows as tensors. Grids are (rows, width), the width of the longest block; `asked` says which places have logits."""
+    """Rows as tensors. Grids are (rows, width), the width of the longest block."""
 
     def __init__(self, rows: list[tuple[Sequence, Row]], logits: Logits):
         self.rows, self.logits = rows, logits
@@ -133,7 +133,7 @@ class _Batch:
             min(step_quota(c.block_size, c.steps, b.step), n)
             for c, b, n in zip(configs, self.blocks, masked.sum(1).tolist(), strict=True)
         ]
-        inside = confidence if FILLED not in needs else confidence.where(open_, -torch.inf)
+        inside = confidence.where(open_, -torch.inf)
         view = View(
             tokens=torch.from_numpy(tokens),
             fixed=torch.from_numpy(fixed),

@@ -40,18 +40,13 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
 
 def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     """The settings with everything that comes from the model filled in: block size, steps and stop ids."""
-    block = config.block_size or getattr(model.config, "block_size", None)
-    if block is None:
-        raise T3DError("the model's config has no block_size; set it in the decoding settings")
-    steps = config.steps or block
-    if steps > block:
-        raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
+    config = config.at(getattr(model.config, "block_size", None))
     if config.stop and tokenizer is None:
         raise T3DError("stop strings need a tokenizer; use stop_ids")
     stops = config.stop_ids
     if stops is None:
         stops = () if config.ignore_eos else stop_ids(model)
-    return replace(config, block_size=block, steps=steps, stop_ids=stops)
+    return replace(config, stop_ids=stops)
 
 
 def _encode(prompt, index: int, tokenizer) -> list[int]:

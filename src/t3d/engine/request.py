@@ -188,8 +188,7 @@ class Sequence:
         size = self.request.config.block_size
         fixed = np.arange(start, start + size) < len(self.request.prompt_ids)
         tokens = np.full(size, self.mask_id, dtype=np.int64)
-        own = self.tokens[start : start + size]  # shorter where a flight looks beyond the end
-        tokens[: len(own)] = own
+        tokens[fixed] = self.tokens[start : start + size][fixed]
         zeros = np.zeros(size, dtype=np.int64)
         return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
 

@@ -134,10 +134,12 @@ class Session:
             for sequence in going:
                 try:
                     asked = sequence.turns.send(answer)
+                except StopIteration:
+                    asked = []
                 except T3DError as error:
                     failures.append((sequence, error))
                     continue
-                if isinstance(asked[0], Row):
+                if asked and isinstance(asked[0], Row):
                     rows += [(sequence, row) for row in asked]
                 else:
                     sequence.asked = asked
@@ -198,9 +200,12 @@ class Session:
 
 
 def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
-    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; the new count."""
-    rows = np.where(segment.want, segment.want.cumsum() - 1 + count, -1)
-    return rows, count + int(segment.want.sum())
+    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; and how many
+    there are then."""
+    places = segment.want.nonzero()[0]
+    rows = np.full(len(segment), -1)
+    rows[places] = np.arange(count, count + len(places))
+    return rows, count + len(places)
 
 
 def check_fits(request: Request, pages: int, page_size: int) -> None:

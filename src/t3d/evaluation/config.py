@@ -1,14 +1,19 @@
 """The `eval` section of a recipe: the grid of decode settings."""
 
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import product
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from t3d.decoding.calibration import load_decoding
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError, nearest
 
-KNOBS = tuple(sorted({p.speed().name for p in POLICIES.values() if p.speed()}))  # what strategies have instead of steps
+ELSEWHERE = {"n": "eval.samples", "seed": "eval.seeds", "max_tokens": "eval.max_tokens"}  # one value for the whole grid
 
 
 def _help(text: str, **kwargs):
@@ -19,16 +24,12 @@ def _help(text: str, **kwargs):
 class EvalConfig:
     """Which decode settings to evaluate, as a grid. The problems come from the task (`task.num_eval`)."""
 
-    steps: tuple[int, ...] = _help("denoising steps per block, for strategies with a schedule", default=(4, 2, 1))
-    strategy: tuple[str, ...] = _help("unmasking strategies", default=("low_confidence_static",))
-    threshold: tuple[float, ...] = _help("confidence thresholds, for low_confidence_dynamic", default=(0.9,))
-    floor: str = _help("fewest tokens a dynamic step commits: 'one', or 'schedule' for k_s", default="one")
-    entropy_bound: tuple[float, ...] = _help("bounds in nats, for entropy-bounded strategies", default=(0.35,))
-    factor: tuple[float, ...] = _help("bounds of Fast-dLLM's rule, for factor", default=(1.0,))
-    risk: tuple[float, ...] = _help("wrong tokens a step may expect, for adaptive", default=(0.1,))
+    grid: tuple[dict[str, Any], ...] = _help(
+        "decode settings: mappings of the keys of `rollout` that say how to decode; a list of values stands for each",
+        default=({"steps": [4, 2, 1]},),
+    )
     decoding: tuple[str, ...] = _help("files of `t3d calibrate`: their settings beside the grid", default=())
-    block_size: int | None = _help("tokens per block; default: the model's own", default=None)
-    temperature: tuple[float, ...] = _help("0 is greedy", default=(0.0,))
+    temperature: tuple[float, ...] = _help("0 is greedy; for items of the grid without one", default=(0.0,))
     top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
     top_p: float = _help("sample among the likeliest tokens with this total probability; 1 is off", default=1.0)
     max_tokens: int = _help("most tokens that count in a response", default=256)
@@ -43,13 +44,9 @@ class EvalConfig:
     )
 
     def __post_init__(self):
-        lists = ("steps", "strategy", "temperature", *KNOBS)
-        for name in (*lists, "decoding", "seeds", "checkpoints"):
+        for name in ("grid", "temperature", "decoding", "seeds", "checkpoints"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists are welcome
-        for name in self.strategy:
-            if name not in POLICIES:
-                raise T3DError(f"unknown strategy {name!r}{nearest(name, POLICIES)}; known: {', '.join(POLICIES)}")
-        for name in lists:
+        for name in ("grid", "temperature"):
             if not getattr(self, name):
                 raise T3DError(f"{name} is an empty list: give at least one value")
         if self.samples < 1:
@@ -59,31 +56,48 @@ class EvalConfig:
         self.settings(seed=0)  # lets DecodingConfig check the values
 
     def settings(self, seed: int) -> list[DecodingConfig]:
-        """Every setting of the grid, once; `seed` is used where `seeds` is empty.
-
-        A strategy varies in steps, or in what it has instead: threshold, entropy_bound, factor or risk (and in steps
-        too where its floor is the schedule).
-        """
-        grid = []
-        sampling = {"top_k": self.top_k, "top_p": self.top_p, "max_tokens": self.max_tokens, "n": self.samples}
-        for name, temperature, base in product(self.strategy, self.temperature, self.seeds or [seed]):
-            knob = POLICIES[name].speed()
-            floor = self.floor if knob and knob.name == "threshold" else DecodingConfig.floor
-            steps = self.steps if knob is None or floor == "schedule" else [None]
-            values = [{knob.name: value} for value in getattr(self, knob.name)] if knob else [{}]
-            for value, count in product(values, steps):
-                grid.append(
-                    DecodingConfig(
-                        **value,
-                        block_size=self.block_size,
-                        steps=count,
-                        strategy=name,
-                        floor=floor,
-                        temperature=temperature,
-                        seed=base,
-                        **sampling,
-                    )
-                )
+        """Every setting of the grid, once, in order; `seed` is used where `seeds` is empty."""
+        whole = {"max_tokens": self.max_tokens, "n": self.samples}
+        sampling = {"top_k": self.top_k, "top_p": self.top_p}
+        found = []
+        for number, item in enumerate(self.grid, 1):
+            for values in _expanded(item, f"item {number} of grid"):
+                temperatures = [values["temperature"]] if "temperature" in values else self.temperature
+                for temperature, base in product(temperatures, self.seeds or [seed]):
+                    given = sampling | values | whole | {"temperature": temperature, "seed": base}
+                    found.append(DecodingConfig(**given))
         for path, temperature, base in product(self.decoding, self.temperature, self.seeds or [seed]):
-            grid.append(replace(load_decoding(path), temperature=temperature, seed=base, **sampling))
-        return list(dict.fromkeys(grid))
+            found.append(replace(load_decoding(path), temperature=temperature, seed=base, **sampling, **whole))
+        return list(dict.fromkeys(found))
+
+
+def _expanded(item: dict, where: str) -> Iterator[dict]:
+    """Each setting that an item of the grid stands for. Raises T3DError that says where the item is wrong."""
+    choices = []
+    for name, given in item.items():
+        if name in ELSEWHERE:
+            raise T3DError(f"{where}: {name} is for the whole grid, set {ELSEWHERE[name]}")
+        if name not in _types():
+            raise T3DError(f"{where}: unknown key {name!r}{nearest(str(name), _types())}")
+        annotation = _types()[name]
+        takes_list = any(get_origin(part) is tuple for part in (annotation, *get_args(annotation)))
+        several = isinstance(given, list | tuple) and not (takes_list and not any(isinstance(v, list) for v in given))
+        if several and not given:
+            raise T3DError(f"{where}: {name} is an empty list: give at least one value")
+        choices.append([_checked(name, value, annotation, where) for value in (given if several else [given])])
+    for values in product(*choices):
+        yield dict(zip(item, values, strict=True))
+
+
+@cache
+def _types() -> dict[str, Any]:
+    hints = get_type_hints(DecodingConfig)
+    return {f.name: hints[f.name] for f in fields(DecodingConfig) if f.name not in ELSEWHERE}
+
+
+def _checked(name: str, value, annotation, where: str):
+    try:
+        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError, ValueError) as error:
+        kind = str(annotation) if get_origin(annotation) else getattr(annotation, "__name__", str(annotation))
+        raise T3DError(f"{where}: {name} must be {kind}, got {value!r}") from error

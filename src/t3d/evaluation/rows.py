@@ -1,13 +1,12 @@
 """One row per evaluated setting: made from its trajectories, shown as a table."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from rich.console import Console
 from rich.table import Table
 
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.policy import POLICIES
 from t3d.evaluation.metrics import Speed, bootstrap, majority, pass_at_k, tokps, wilson
 from t3d.trajectories.record import Trajectory
 
@@ -49,18 +48,21 @@ class EvalRow:
     batch_size: int | None = None
     results: str = ""  # folder of the trajectories with verdicts, relative to the run
     extra: dict = field(default_factory=dict)
+    flight: str = ""  # what a forward computes where it is not one block after the other: "2 blocks", "look-ahead 1"
+    flight_settings: dict = field(default_factory=dict)  # the settings of that
+    window: int | None = None
 
     def to_dict(self) -> dict:
         values = asdict(self)
         return values | {"ci95": list(self.ci95) if self.ci95 else None}
 
 
-def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **fields) -> EvalRow:
-    """The row of one setting. `config` is resolved (block size and steps set); `fields` go into the row as they are."""
-    knob = POLICIES[config.strategy].speed()
+def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **more) -> EvalRow:
+    """The row of one setting. `config` is resolved (block size and steps set); `more` goes into the row as they are."""
+    knob = config.policy.speed()
     knobs = {knob.name: getattr(config, knob.name)} if knob else {}
-    if "threshold" in knobs:
-        knobs["floor"] = config.floor
+    knobs |= {f.name: getattr(config, f.name) for f in fields(config.policy) if f.metadata["choices"]}
+    knobs |= config.differing(f.name for f in fields(config.policy))
     totals, seconds, truncated = Speed(), 0.0, 0
     problems: dict[str, list[tuple[bool | None, int | None]]] = {}  # (verdict, answer) of each sample
     for t in trajectories:
@@ -72,7 +74,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
     count = max(1, totals.sequences)
     return EvalRow(
         model=model,
-        objective=fields.pop("objective", None),
+        objective=more.pop("objective", None),
         block_size=config.block_size,
         steps=config.steps,
         strategy=config.strategy,
@@ -82,7 +84,10 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         num_problems=len(problems),
         samples=max((len(group) for group in problems.values()), default=0),
         **_verdicts(problems),
-        tokps=None if knob else tokps(config.block_size, config.steps),
+        flight=config.flying.label,
+        flight_settings={"flight": config.flight} | asdict(config.flying) if config.flying.label else {},
+        window=config.window,
+        tokps=None if knob or config.flying.label else tokps(config.block_size, config.steps),
         tpf=totals.tpf,
         tpf_all=totals.tpf_all,
         tps=totals.tokens / seconds if seconds > 0 else None,
@@ -94,7 +99,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         mean_length=totals.tokens / count,
         truncated=truncated / count,
         wall_seconds=seconds,
-        **fields,
+        **more,
     )
 
 
@@ -126,6 +131,13 @@ def percent(value: float | None) -> str:
 
 def setting(row: dict) -> str:
     """A row's decode setting in a few words: `2 steps`, `dynamic 0.9`."""
+    end = "".join(
+        f", {part}" for part in (row.get("flight"), f"window {row['window']}" if row.get("window") else "") if part
+    )
+    return _policy(row) + end
+
+
+def _policy(row: dict) -> str:
     steps = f"{row['steps']} step" + ("s" if row["steps"] != 1 else "")
     name = row["strategy"].removeprefix("low_confidence_")
     values = " ".join(f"{value:g}" for value in row.get("knobs", {}).values() if isinstance(value, float | int))

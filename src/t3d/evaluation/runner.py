@@ -5,7 +5,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,12 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from t3d.answers import Job, answers
-from t3d.decoding.config import DecodingConfig
-from t3d.decoding.policy import POLICIES
+from t3d.decoding.config import OWNED, DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
 from t3d.errors import T3DError
-from t3d.evaluation.config import KNOBS
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
 from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
@@ -80,7 +78,7 @@ def evaluate(
         root = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
         for config in settings:
-            config = resolve(config, model)
+            config = config.at(model.config.block_size).canonical()
             folder = root / name / setting_name(config)
             _decode(engine, task, problems, prompts, config, folder, metadata, bar)
             dataset = TrajectoryDataset(folder)
@@ -133,34 +131,34 @@ def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: 
         yield trajectory
 
 
-def resolve(config: DecodingConfig, model) -> DecodingConfig:
-    """`config` with block size and steps filled in, and without what its strategy does not look at."""
-    block = config.block_size or model.config.block_size
-    steps = config.steps or block
-    if steps > block:
-        raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
-    knob = POLICIES[config.strategy].speed()
-    used = {knob.name} if knob else {"steps"}
-    if "threshold" in used:
-        used |= {"floor", "steps"} if config.floor == "schedule" else {"floor"}
-    unused = {name: getattr(DecodingConfig, name) for name in {*KNOBS, "floor"} - used}
-    return replace(config, **unused, block_size=block, steps=steps if "steps" in used else block)
-
-
 def setting_name(config: DecodingConfig) -> str:
-    """Folder of a resolved setting: what distinguishes the points of a grid."""
+    """Folder of a canonical setting: what distinguishes the points of a grid."""
+    policy, flight, speed = config.policy, config.flying, config.policy.speed()
     parts = [f"block{config.block_size}", config.strategy]
-    knob = POLICIES[config.strategy].speed()
-    if knob is None:
+    if policy.uses_steps:
         parts.append(f"steps{config.steps}")
-    else:
-        parts.append(f"{knob.name}{getattr(config, knob.name):g}")
-        if config.floor == "schedule":
-            parts.append(f"floor{config.steps}")
+    if speed is not None:
+        parts.append(f"{speed.name}{getattr(policy, speed.name):g}")
+    own = [f.name for f in fields(policy) if f is not speed and f.name != (speed and speed.name)]
+    parts += [f"{name}{_text(value)}" for name, value in config.differing(own).items()]
+    if flight.label:
+        parts += [config.flight, *(f"{f.name}{_text(getattr(flight, f.name))}" for f in fields(flight))]
+    general = [f.name for f in fields(config) if f.name not in (*OWNED, *NAMED, *NOT_NAMED)]
+    parts += [f"{name}{_text(value)}" for name, value in config.differing(general).items()]
     if config.temperature > 0:
         parts.append(f"temperature{config.temperature:g}")
     parts.append(f"seed{config.seed}")
     return "-".join(parts)
+
+
+NAMED = ("block_size", "strategy", "steps", "flight", "temperature", "seed")  # settings with a place in the name
+NOT_NAMED = ("max_tokens", "n")  # the same in the whole grid
+
+
+def _text(value) -> str:
+    """Short, and fit for the name of a folder."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if text.isalnum() or isinstance(value, float) else sha256(text.encode()).hexdigest()[:8]
 
 
 def hardware(model) -> str:

@@ -28,17 +28,14 @@ NEUTRAL = (
     "train.dataloader_prefetch_factor",
     "train.dataloader_persistent_workers",
 )
+# What versions before `eval.grid` had in its place
+OLD_GRID = ("steps", "strategy", "threshold", "floor", "entropy_bound", "factor", "risk", "block_size")
 # Keys of the evaluation that only say how much of it there is: other values add settings, problems or samples to those
 # that RUN/eval has, each in a place of its own.
 GROWING = {
     "task.num_eval",
-    "eval.steps",
-    "eval.strategy",
-    "eval.threshold",
-    "eval.floor",
-    "eval.entropy_bound",
-    "eval.factor",
-    "eval.risk",
+    "eval.grid",
+    *(f"eval.{name}" for name in OLD_GRID),
     "eval.decoding",
     "eval.temperature",
     "eval.samples",

@@ -41,9 +41,9 @@ def complete(block: Block, policy) -> bool:
 class MultiBlock(Flight):
     """Up to `blocks_in_flight` consecutive blocks are noisy at once; one is the ordinary decoder.
 
-    Each block sees everything final, itself and the noisy ones before it. The next one enters when `enter` of the last one
-    is decided; a block must advance if it is the first, or `force` of the one before is decided. A block is final when it
-    is complete and all before it are. MultiBD of MBD-LMs (arXiv 2606.29215) and Diffulex (engine/dllm_block.py).
+    Each block sees everything final, itself and the noisy ones before it. The next one enters when `enter` of the last
+    one is decided; a block must advance if it is the first, or `force` of the one before is decided. A block is final
+    when it is complete and all before it are. MultiBD of MBD-LMs (arXiv 2606.29215) and Diffulex (dllm_block.py).
     """
 
     blocks_in_flight: int = setting(1, "blocks of a sequence decoded at once; 1: one after the other", low=1, high=64)
@@ -51,6 +51,18 @@ class MultiBlock(Flight):
     force: float = setting(
         0.25, "share of the block before that is decided before a block must advance; above 1: only the first", low=0
     )
+
+    @property
+    def label(self) -> str:
+        if self.blocks_in_flight == 1:
+            return ""
+        return f"{self.blocks_in_flight} blocks" + (
+            "" if self == MultiBlock(self.blocks_in_flight) else f" ({self.enter:g}, {self.force:g})"
+        )
+
+    @property
+    def used(self) -> set[str]:
+        return {"blocks_in_flight"} if self.blocks_in_flight == 1 else super().used
 
     @property
     def most_final(self) -> int:
@@ -80,6 +92,8 @@ class MultiBlock(Flight):
             ]
             while blocks and complete(blocks[0], policy):
                 sequence.finish(blocks.pop(0))
+            if not blocks and sequence.base >= sequence.request.most_tokens:
+                return
             while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
                 blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
 
