@@ -32,12 +32,18 @@ def view(confidence, entropy=None, masked=None, quota=1, uniform=None, must=True
         must=torch.tensor([must]),
         entropy=torch.tensor([entropy or [0.0] * n]).masked_fill(~masked, torch.inf),
         uniform=torch.tensor([uniform or [0.0] * n]),
+        expected=tokens + 50,
+        certainty=torch.full((1, n), 0.5).masked_fill(masked, -torch.inf),
+        shadow=torch.full((1, n), 0.5).masked_fill(masked, torch.inf),
+        stop=torch.zeros(1, n, dtype=torch.bool),
     )
 
 
 def chosen(name, v, **settings):
+    """Places committed by a block's first step."""
     policy = POLICIES[name](**settings)
-    decision = policy.decide(v, Knobs([policy]), {})
+    memory = {key: m.new(v.masked.shape[1], 3)[None] for key, m in policy.memory.items()}
+    decision = policy.decide(v, Knobs([policy]), memory)
     return lawful(decision, v, MASK, lambda: torch.zeros_like(v.tokens)).commit[0].nonzero()[:, 0].tolist()
 
 
@@ -115,12 +121,11 @@ def test_all_strategies_commit_some_of_the_masked(data):
         uniform=data.draw(numbers),
     )
     for name, policy in POLICIES.items():
-        if policy.needs <= {"entropy", "uniform"} and not policy.memory:
-            speed = policy.speed()
-            bounds = speed and (speed.metadata["low"], min(speed.metadata["high"], 9))
-            picked = chosen(name, v, **{speed.name: data.draw(st.floats(*bounds))} if speed else {})
-            assert picked
-            assert all(masked[i] for i in picked)
+        speed = policy.speed()
+        bounds = speed and (speed.metadata["low"], min(speed.metadata["high"], 9))
+        picked = chosen(name, v, **{speed.name: data.draw(st.floats(*bounds))} if speed else {})
+        assert picked
+        assert all(masked[i] for i in picked)
 
 
 @pytest.mark.parametrize("name", [n for n, p in POLICIES.items() if p.speed()])
@@ -129,6 +134,12 @@ def test_speed_runs_from_one_token_to_all(name):
     v = view([0.6, 0.5, 0.4, 0.3], [1.0, 1.1, 1.2, 1.3])
     assert len(chosen(name, v, **{speed.name: speed.metadata["slow"]})) == 1
     assert len(chosen(name, v, **{speed.name: speed.metadata["fast"]})) == 4
+
+
+def test_rows_that_need_not_advance_are_not_forced():
+    v = view([0.01, 0.02, 0.03], [3.0, 3.0, 3.0], must=False)
+    idle = {n for n in POLICIES if not chosen(n, v)}
+    assert idle == {n for n, p in POLICIES.items() if not p.scheduled} - {"ascending", "adaptive", "entropy_bounded_eb"}
 
 
 @given(block=st.integers(1, 40), data=st.data())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from t3d.decoding.policy import Decision, View, best, rank
+from t3d.decoding.policy import Decision, View, at_least_one, rank
 
 MOST_REVISIONS = 8  # of one place
 
@@ -31,10 +31,7 @@ def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Cal
     """What is done of what a policy said. revisions: gives int64 (rows, block), how often each place was revised."""
     if isinstance(decision, Tensor):
         decision = Decision(decision)
-    commit = decision.commit & view.masked
-    none = view.must & ~commit.any(-1)
-    if bool(none.any()):
-        commit |= none[:, None] & best(view.confidence, view.quota.new_ones(view.quota.shape)) & view.masked
+    commit = at_least_one(decision.commit & view.masked, view)
     result = Lawful(commit)
     if decision.rewrite is not None or decision.remask is not None:
         filled = (view.tokens != mask_id) & ~view.fixed & (revisions() < MOST_REVISIONS)

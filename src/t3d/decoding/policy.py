@@ -80,7 +80,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Memory:
-    """State that lives as long as the block. shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab)."""
+    """State that is born and dies with the block.
+
+    shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab), the last on the model's device. fill: at first.
+    """
 
     shape: str = "row"
     dtype: torch.dtype = torch.float32
@@ -99,7 +102,7 @@ class Knobs:
             values = [getattr(p, f.name) for p in policies]
             if f.metadata["choices"]:
                 values = [f.metadata["choices"].index(value) for value in values]
-            dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+            dtype = torch.float32 if isinstance(f.default, float) else torch.int64  # a value may be given as 1 for 1.0
             setattr(self, f.name, torch.tensor(values, dtype=dtype)[:, None])
 
     def rows(self, index: Tensor, device: torch.device) -> "Knobs":
@@ -132,8 +135,11 @@ class Policy:
 
     @classmethod
     def adjust(cls, logits: Tensor, knobs: Knobs, memory: dict[str, Tensor]) -> Tensor:
-        """Logits to use instead. logits: float32 (n, vocab) of n masked places; knobs: (n, 1), on the logits' device;
-        memory: name -> (n, ...) of these places, which may be written to. Called only where overridden."""
+        """Logits to use instead, and what `decide` needs to know of them. Called only where overridden.
+
+        logits: float32 (n, vocab) of n masked places; knobs: (n, 1), on the logits' device; memory: name -> (n, ...) of
+        these places; what is written into it is kept, but for shape "row".
+        """
         return logits
 
     @classmethod
@@ -188,6 +194,12 @@ def rank(score: Tensor) -> Tensor:
 def best(score: Tensor, count: Tensor) -> Tensor:
     """The `count` (rows,) highest of each row; of equals, the leftmost. bool (rows, block)"""
     return rank(score) < count[:, None]
+
+
+def at_least_one(commit: Tensor, view: View) -> Tensor:
+    """The choice and, in rows that must advance and chose nothing, the most confident mask. bool (rows, block)"""
+    none = view.must & ~(commit & view.masked).any(-1)
+    return commit | (best(view.confidence, none.long()) & view.masked) if bool(none.any()) else commit
 
 
 def sorted_entropy(view: View) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ class _Batch:
         self.line, self.column = (where >= 0).nonzero()
         self.index = where[self.line, self.column]
         self.failures: list[tuple[Sequence, T3DError]] = []
+        self.memories: dict[type[Policy], dict[str, Tensor]] = {}
 
     def grid(self, arrays: list[np.ndarray], fill) -> np.ndarray:
         """The rows' arrays (block,) as (rows, width)."""
@@ -153,12 +154,14 @@ class _Batch:
             view.uniform = self.scatter(uniform(seed, position, step, 1), 0.0)
         if FILLED in needs:
             view.expected = view.proposal
-            view.certainty = self.scatter(confidence.where(~open_, -torch.inf), -torch.inf)
+            filled = torch.from_numpy(tokens[self.line, self.column] != self.mask_id)
+            view.certainty = self.scatter(confidence.where(filled, -torch.inf), -torch.inf)
         if SHADOW in needs:
             view.shadow = self._shadow(tokens)
         if STOP in needs:
             stops = [torch.tensor(c.stop_ids, dtype=torch.int64) for c in configs]
-            view.stop = torch.stack([torch.isin(p, s) for p, s in zip(view.proposal, stops, strict=True)])
+            ends = [torch.isin(p, s) for p, s in zip(view.proposal, stops, strict=True)]
+            view.stop = torch.stack(ends) & view.masked
         return view
 
     def _adjusted(self, values: Tensor, open_: Tensor) -> Tensor:
@@ -171,6 +174,8 @@ class _Batch:
             local = torch.full((len(self.rows),), -1)
             local[mine] = torch.arange(len(mine))
             at = ((local[self._line] >= 0) & open_).nonzero()[:, 0]
+            if not len(at):
+                continue
             line, column = local[self._line[at]], torch.from_numpy(self.column)[at]
             device = values.device
             cut = {
@@ -183,7 +188,6 @@ class _Batch:
             for name, m in kind.memory.items():
                 if m.shape != "row":
                     memory[name][line, column] = cut[name].to(memory[name].device)
-            self.keep(kind, mine, memory)
         return values
 
     def _shadow(self, tokens: np.ndarray) -> Tensor:
@@ -213,8 +217,10 @@ class _Batch:
         return torch.from_numpy(self.grid([self.blocks[n].revisions for n in mine], 0))
 
     def memory(self, kind: type[Policy], mine: list[int]) -> dict[str, Tensor]:
-        """What these rows' blocks remember, stacked; made where a block is new."""
-        found = {}
+        """What these rows' blocks remember, stacked once; made where a block is new."""
+        if kind in self.memories:
+            return self.memories[kind]
+        found = self.memories[kind] = {}
         for name, m in kind.memory.items():
             device = self.logits.values.device if m.shape == "vocabulary" else "cpu"
             for n in mine:
