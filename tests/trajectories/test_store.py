@@ -374,19 +374,6 @@ def test_foreign_rows_are_checked_when_read(tmp_path):
         TrajectoryDataset(tmp_path)[0]
 
 
-def test_version_1_had_neither_revisions_nor_forwards_that_verify(tmp_path):
-    write(tmp_path / "now", [make_trajectory(nfe=NFE(1, 2, 3))])
-    (shard,) = (tmp_path / "now").glob("*.parquet")
-    table = pq.read_table(shard)
-    old = table.drop_columns(["revisions", "nfe_verify"])
-    old = old.replace_schema_metadata(table.schema.metadata | {b"t3d_format_version": b"1"})
-    (tmp_path / "then").mkdir()
-    pq.write_table(old, tmp_path / "then" / shard.name, write_page_checksum=True)
-    (read,) = TrajectoryDataset(tmp_path / "then")
-    assert read.nfe == NFE(prefill=1, denoise=2, commit=3, verify=0)
-    assert read.revisions is None
-
-
 def test_a_file_of_format_1_is_read():
     """Written by a version that knew no revisions; it reads as it was, and version 2 adds to it what is new."""
     path = Path(__file__).parent / "data" / "format1.parquet"
@@ -408,3 +395,16 @@ def test_revisions_are_kept(tmp_path):
     ):
         with pytest.raises(T3DError, match=message):
             validate(replace(revised, **wrong))
+
+
+def test_version_1_had_neither_revisions_nor_forwards_that_verify(tmp_path):
+    write(tmp_path / "now", [make_trajectory(nfe=NFE(1, 2, 3))])
+    (shard,) = (tmp_path / "now").glob("*.parquet")
+    table = pq.read_table(shard)
+    old = table.drop_columns(["revisions", "nfe_verify"])
+    old = old.replace_schema_metadata(table.schema.metadata | {b"t3d_format_version": b"1"})
+    (tmp_path / "then").mkdir()
+    pq.write_table(old, tmp_path / "then" / shard.name, write_page_checksum=True)
+    (read,) = TrajectoryDataset(tmp_path / "then")
+    assert read.nfe == NFE(prefill=1, denoise=2, commit=3, verify=0)
+    assert read.revisions is None

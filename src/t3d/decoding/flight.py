@@ -124,8 +124,8 @@ class Flight:
     def run(self, sequence: "Sequence") -> "Generator[list[Segment] | list[Row], Logits | None, None]":
         """Decodes the sequence, from where it is; blocks that are final go to `sequence.finish`, in order.
 
-        It may return when they hold all that can count; what it yields behind a block that ends the sequence is not
-        done. Raises T3DError if the sequence cannot go on.
+        Segments are answered with the forward's logits. It may return when the blocks hold all that can count; what it
+        yields behind a block that ends the sequence is not done. Raises T3DError if the sequence cannot go on.
         """
         raise NotImplementedError
 

@@ -188,7 +188,8 @@ class Sequence:
         size = self.request.config.block_size
         fixed = np.arange(start, start + size) < len(self.request.prompt_ids)
         tokens = np.full(size, self.mask_id, dtype=np.int64)
-        tokens[fixed] = self.tokens[start : start + size][fixed]
+        given = self.request.prompt_ids[start : start + size]
+        tokens[: len(given)] = given
         zeros = np.zeros(size, dtype=np.int64)
         return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
 

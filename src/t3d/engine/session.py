@@ -134,12 +134,12 @@ class Session:
             for sequence in going:
                 try:
                     asked = sequence.turns.send(answer)
-                except StopIteration:
-                    asked = []
+                except StopIteration:  # all that can count is final
+                    continue
                 except T3DError as error:
                     failures.append((sequence, error))
                     continue
-                if asked and isinstance(asked[0], Row):
+                if isinstance(asked[0], Row):
                     rows += [(sequence, row) for row in asked]
                 else:
                     sequence.asked = asked

@@ -40,7 +40,6 @@ class EvalRow:
     nfe_prefill: float
     nfe_denoise: float
     nfe_commit: float
-    nfe_verify: float
     mean_length: float  # tokens per response, through the stop token
     truncated: float  # share of responses that did not stop by themselves
     wall_seconds: float  # decoding alone, over all attempts
@@ -48,6 +47,7 @@ class EvalRow:
     batch_size: int | None = None
     results: str = ""  # folder of the trajectories with verdicts, relative to the run
     extra: dict = field(default_factory=dict)
+    nfe_verify: float = 0.0
     flight: str = ""  # what a forward computes where it is not one block after the other: "2 blocks", "look-ahead 1"
     flight_settings: dict = field(default_factory=dict)  # the settings of that
     window: int | None = None
