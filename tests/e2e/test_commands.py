@@ -201,3 +201,20 @@ def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
         assert done.code == 2
         assert said in done.stderr
         assert not (t3d.folder / "not-there.json").exists()
+
+
+def test_any_setting_of_a_decode_on_the_command_line(t3d, tiny):
+    question = "How many apples?"
+    plain = t3d("generate", str(tiny), question, "--max-tokens", "12", "--steps", "2")
+    ahead = t3d("generate", str(tiny), question, "--max-tokens", "12", "--steps", "2", "--set", "flight=look_ahead")
+    assert (ahead.code, ahead.stdout) == (0, plain.stdout), ahead.stderr
+    for text, said in (
+        ("flight=look_ahaed", "unknown flight 'look_ahaed' (did you mean 'look_ahead'?)"),
+        ("depht=2", "unknown decoding setting 'depht' (did you mean 'depth'?)"),
+        ("depth=two", "setting depth cannot be 'two'; it is int"),
+        ("depth", "write settings as key=value"),
+    ):
+        done = t3d("generate", str(tiny), question, "--set", text)
+        assert (done.code, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -10,6 +10,8 @@ import typer
 from t3d.cli.app import app
 from t3d.errors import T3DError
 
+SET = "any other setting of a decode, e.g. flight=look_ahead; may be repeated; `t3d config` lists them under rollout"
+
 
 @app.command("show")
 def show_command(
@@ -47,6 +49,7 @@ def generate_command(
     strategy: Annotated[str | None, typer.Option(help="unmasking strategy")] = None,
     threshold: Annotated[float | None, typer.Option(help="confidence above which a dynamic strategy commits")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
         Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
     ] = None,
@@ -63,7 +66,7 @@ def generate_command(
     Decoded as the checkpoint recommends in generation_config.json, else greedily with as many steps as a block has
     tokens; what is given here goes first.
     """
-    from t3d.decoding import load_decoding
+    from t3d.decoding import load_decoding, parse_settings
     from t3d.generate import generate
     from t3d.log import to_terminal
 
@@ -81,7 +84,7 @@ def generate_command(
         "seed": seed,
     }
     settings = {} if decoding is None else asdict(load_decoding(decoding))
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {name: value for name, value in given.items() if value is not None} | parse_settings(set_ or ())
     generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
 
 
@@ -186,6 +189,7 @@ def serve_command(
     strategy: Annotated[str | None, typer.Option(help="unmasking strategy, likewise")] = None,
     threshold: Annotated[float | None, typer.Option(help="of a dynamic strategy, likewise")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, likewise")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
         Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
     ] = None,
@@ -210,14 +214,14 @@ def serve_command(
         from t3d.serve.server import serve
     except ModuleNotFoundError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
-    from t3d.decoding import load_decoding
+    from t3d.decoding import load_decoding, parse_settings
     from t3d.log import to_terminal
     from t3d.serve.config import ServeConfig, read_key
 
     to_terminal()
     given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
     settings = {} if decoding is None else asdict(load_decoding(decoding))
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {name: value for name, value in given.items() if value is not None} | parse_settings(set_ or ())
     config = ServeConfig(
         host=host,
         port=port,
