@@ -166,7 +166,7 @@ def test_mistakes_are_one_line_before_anything_runs(t3d, write_recipe, changes, 
 
 
 def test_a_study_of_decoding_trains_nothing(t3d, write_recipe):
-    """Each variant's model at every setting, a line per setting; look-ahead has the accuracy of the ordinary decoder."""
+    """Each variant's model at every setting, a line per setting; look-ahead has the ordinary accuracy."""
     grid = "eval.grid=[{steps: 2}, {steps: 2, flight: look_ahead}, {blocks_in_flight: 2}]"
     study = write_study(t3d.folder, write_recipe, train=False, against=[], set=[grid], variants={"a": [], "b": []})
     done = t3d("study", study)
