@@ -162,15 +162,42 @@ def calibrate_command(
     model: Annotated[
         str | None, typer.Option(help="checkpoint folder, hub id or 'embedded'; default: RUN/student")
     ] = None,
-    strategy: Annotated[str, typer.Option(help="unmasking strategy whose own setting is chosen")] = "adaptive",
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="unmasking strategy whose own setting is chosen (adaptive); with --alpha several, or 'all'"),
+    ] = None,
     accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
     tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="find the fastest certified to lose at most this share of problems to careful decoding"),
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="with --alpha: chance that the certificate is wrong", show_default="0.05")
+    ] = None,
+    blocks_in_flight: Annotated[
+        list[int] | None, typer.Option(help="with --alpha: blocks decoded at once", show_default="1, 2 and 4")
+    ] = None,
     split: Annotated[str, typer.Option(help="problems to calibrate on: dev, train or test")] = "dev",
 ) -> None:
-    """Choose a strategy's setting for a target accuracy or speed; `t3d generate --decoding FILE` and eval use it."""
-    from t3d.calibrate import calibrate_setting
+    """Choose a decode setting for a target accuracy or speed, or with a guarantee; `t3d generate --decoding FILE` and
+    eval use it."""
+    from t3d.calibrate import calibrate_promise, calibrate_setting
     from t3d.config import load_recipe
+    from t3d.decoding.policy import POLICIES
     from t3d.log import to_terminal
 
     to_terminal()
-    calibrate_setting(load_recipe(recipe, overrides or ()), model, strategy, accuracy, tpf, split, output)
+    if sum(target is not None for target in (accuracy, tpf, alpha)) != 1:
+        raise T3DError("give either --accuracy or --tpf or --alpha")
+    loaded, strategies = load_recipe(recipe, overrides or ()), strategy or ["adaptive"]
+    if alpha is not None:
+        strategies = list(POLICIES) if "all" in strategies else strategies
+        blocks, delta = blocks_in_flight or [1, 2, 4], 0.05 if delta is None else delta
+        calibrate_promise(loaded, model, strategies, blocks, alpha, delta, split, output)
+        return
+    if delta is not None or blocks_in_flight:
+        raise T3DError("--delta and --blocks-in-flight go with --alpha")
+    if len(strategies) > 1:
+        raise T3DError("--accuracy and --tpf calibrate one --strategy; several go with --alpha")
+    calibrate_setting(loaded, model, strategies[0], accuracy, tpf, split, output)

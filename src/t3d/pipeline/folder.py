@@ -27,6 +27,7 @@ OUTPUTS = {
     "report": ("report.html", "report-accuracy.svg", "report-accuracy.png"),
 }
 ROUNDS = {"train": ("rollout-*",)}  # what it may leave besides: the rollouts of later rounds
+CALIBRATION = "calibrate"  # answers of `t3d calibrate`, which belong to no stage
 SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
 
@@ -73,7 +74,7 @@ class RunFolder:
         return self._stack.__exit__(*exception)
 
     def _remove_if_unused(self, kind, *_):
-        if kind is not None and not any((self / stage).exists() for stage in STAGES):
+        if kind is not None and not any((self / name).exists() for name in (*STAGES, CALIBRATION)):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _log_failure(self, kind, error, traceback):
