@@ -72,8 +72,8 @@ def main() -> None:
         for i, times in Counter(chosen).most_common():
             low, high = wilson(lost["test"][i].sum(), options.test)
             print(
-                f"  {times} times {names[1 + i]}: {tpf[1 + i]:.2f} tokens per forward (reference {tpf[0]:.2f}), held-out "
-                f"losses {true[i]:.1%} ({low:.1%} to {high:.1%}), "
+                f"  {times} times {names[1 + i]}: {tpf[1 + i]:.2f} tokens per forward (reference {tpf[0]:.2f}), "
+                f"held-out losses {true[i]:.1%} ({low:.1%} to {high:.1%}), "
                 f"accuracy {right['test'][1 + i].mean():.1%} (reference {right['test'][0].mean():.1%})"
             )
 

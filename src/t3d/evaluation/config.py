@@ -37,6 +37,10 @@ class EvalConfig:
     seeds: tuple[int, ...] = _help("each is an evaluation of its own; default: the recipe's seed", default=())
     text: bool = _help("also BLEU, ROUGE-L, Distinct-n and agreement with the teacher; needs t3d[text]", default=False)
     scorer: str | None = _help("checkpoint (causal or block-diffusion) that gives texts a perplexity", default=None)
+    oracle: bool = _help(
+        "also the tokens per forward of a decoder that knew the answer: the most that a strategy can reach",
+        default=False,
+    )
     split: str = _help("problems to evaluate on: test, dev or train", default="test")
     teacher: bool = _help("evaluate the teacher beside the student", default=True)
     checkpoints: tuple[str, ...] = _help(

@@ -9,6 +9,7 @@ from t3d.embedded import checkpoint
 from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.evaluation import EvalRow, evaluate, read_summary, write_results, write_summary
+from t3d.evaluation.oracle import TPF, add_oracle
 from t3d.evaluation.rows import row_name, setting
 from t3d.evaluation.scoring import Scorer, load_scorer
 from t3d.evaluation.text import add_text_quality, check_libraries
@@ -28,20 +29,22 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     if not run.complete("train"):
         log.info("eval: %s has no student, so only the teacher and eval.checkpoints are evaluated", run.path)
     for name, objective, model, tokenizer in _models(run, recipe, inputs):
+        settings = recipe.eval.settings(recipe.seed)
         with closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine:
-            found = evaluate(
-                model,
-                tokenizer,
-                inputs.eval_task,
-                inputs.eval_problems,
-                recipe.eval.settings(recipe.seed),
-                engine=engine,
-                output=run / "eval",
-                name=name,
-                objective=objective,
-                versions=versions(),
-                progress=sys.stderr.isatty(),
-            )
+            of = (model, tokenizer, inputs.eval_task, inputs.eval_problems)
+            about = {
+                "engine": engine,
+                "output": run / "eval",
+                "name": name,
+                "objective": objective,
+                "versions": versions(),
+                "progress": sys.stderr.isatty(),
+            }
+            found = evaluate(*of, settings, **about)
+            if recipe.eval.oracle:
+                found = add_oracle(found, *of, settings[0], **about)
+                known = dict.fromkeys(f"{row.extra[TPF]:.2f}" for row in found)
+                log.info("eval: %s, oracle: %s tokens per forward", name, ", ".join(known))
         for row in found:
             accuracy = "not verified" if row.accuracy is None else f"{row.accuracy:.1%} correct"
             log.info("eval: %s, %s: %s, %.2f tokens per forward", name, setting(row.to_dict()), accuracy, row.tpf)

@@ -44,6 +44,7 @@ GROWING = {
     "eval.checkpoints",
     "eval.text",
     "eval.scorer",
+    "eval.oracle",
 }
 LATER = {  # sections and keys that only later stages read
     "rollout": ("train.", "eval.", "task.num_eval", "task.eval_"),

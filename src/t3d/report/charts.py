@@ -22,6 +22,16 @@ class Series:
     name: str
     colour: int  # class c0, c1, ...
     points: list[Point]
+    limit: float | None = None  # x of the oracle, drawn as a line from top to bottom
+
+
+def limits(series: list[Series]) -> list[tuple[float, int]]:
+    """(x, colour) of each limit, once."""
+    found: dict[float, int] = {}
+    for s in series:
+        if s.limit is not None:
+            found.setdefault(s.limit, s.colour)
+    return list(found.items())
 
 
 def front(series: list[Series]) -> list[Point]:
@@ -62,7 +72,11 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
     """Accuracy in percent against tokens per forward: points with intervals, a line per series, the Pareto front."""
     points = [p for s in series for p in s.points]
     left, right, top, bottom = 40, 14, 14, 38
-    xs = ticks(min(0.8, *(p.x for p in points)), max(p.x for p in points) * 1.03, 8 if width > 500 else 6)
+    xs = ticks(
+        min(0.8, *(p.x for p in points)),
+        max([p.x for p in points] + [value for value, _ in limits(series)]) * 1.03,
+        8 if width > 500 else 6,
+    )
     xs = [x for x in xs if x >= 0]
     ys = ticks(0 if min(p.low for p in points) < 50 else min(p.low for p in points), 100)
     ys = [y for y in ys if 0 <= y <= 100]
@@ -81,6 +95,10 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
         parts.append(f'<text class="tick" x="{x(value)}" y="{height - 20}" text-anchor="middle">{value:g}</text>')
     middle = (left + width - right) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">tokens per forward</text>')
+    for value, colour in limits(series):
+        line = f"M{x(value)} {top}V{height - bottom}"
+        title = f"<title>oracle: {value:.2f} tokens per forward</title>"
+        parts.append(f'<g class="c{colour}"><path class="limit" d="{line}">{title}</path></g>')
     best = front(series)
     across, up = (xs[-1] - xs[0]) / (width - left - right), (ys[-1] - ys[0]) / (height - top - bottom)  # per pixel
     roomy = labelled(series, 50 * across, 13 * up)

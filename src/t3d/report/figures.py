@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from t3d.errors import T3DError
-from t3d.report.charts import Series, front, labelled
+from t3d.report.charts import Series, front, labelled, limits
 
 COLOURS = ("#2563a8", "#8a8f98", "#c2571a", "#2f8f6b", "#8b5cb5", "#a63a50")  # as in page.css, in the light
 MARKERS = "os^Dv"  # the next one where colours start again
@@ -36,6 +36,8 @@ def save_accuracy_plot(
         roomy = labelled([Series("", 0, best)] if many else series, 0.1 * spans[0], 0.05 * spans[1])
         if len(best) > 1:
             axes.plot([p.x for p in best], [p.y for p in best], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
+        for value, colour in limits(series):
+            axes.axvline(value, color=COLOURS[colour % len(COLOURS)], linestyle="--", linewidth=1, zorder=0)
         for s in series:
             ordered = sorted(s.points, key=lambda p: p.x)
             errors = [[p.y - p.low for p in ordered], [p.high - p.y for p in ordered]]

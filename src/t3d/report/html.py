@@ -8,9 +8,10 @@ from pathlib import Path
 from t3d.disk import write_whole
 from t3d.errors import T3DError
 from t3d.evaluation.metrics import mcnemar
+from t3d.evaluation.oracle import TPF
 from t3d.evaluation.rows import EXTRACTED, columns, percent
 from t3d.evaluation.summary import aup_by_curve
-from t3d.report.charts import Point, Series, accuracy_chart, line_chart
+from t3d.report.charts import Point, Series, accuracy_chart, limits, line_chart
 from t3d.report.config import ReportConfig
 from t3d.report.figures import save_accuracy_plot
 from t3d.report.runs import Row, Run, choose_problems, load_runs, reference, viewer_data
@@ -76,10 +77,13 @@ def _subtitle(runs: list[Run]) -> str:
 def _series(rows: list[Row]) -> list[Series]:
     """The curves of the accuracy plot; the teacher's is grey, whatever the order."""
     found: dict[str, list[Point]] = {}
+    oracles: dict[str, float] = {}
     for row in rows:
         v = row.values
         if v["accuracy"] is None:
             continue
+        if TPF in v["extra"]:
+            oracles[row.series] = v["extra"][TPF]
         low, high = (100 * end for end in v["ci95"])
         title = (
             f"{row.name}: {percent(v['accuracy'])}% ({low:.1f}–{high:.1f}), {v['tpf']:.2f} tokens per forward, "
@@ -91,7 +95,7 @@ def _series(rows: list[Row]) -> list[Series]:
     teachers = [name for name in found if name.split(",")[0] == "teacher"]
     free = iter([0, *range(2, 2 + len(found))])
     colours = {name: 1 if name == next(iter(teachers), None) else next(free) for name in found}
-    return [Series(name, colours[name] % 6, points) for name, points in found.items()]
+    return [Series(name, colours[name] % 6, points, oracles.get(name)) for name, points in found.items()]
 
 
 def _headline(rows: list[Row]) -> str:
@@ -138,11 +142,13 @@ def _plot(curves: list[Series]) -> str:
     scores = aup_by_curve({s.name: [(p.x, p.y) for p in s.points] for s in curves})
     cells = "".join(f"<li>{escape(name)} <b>{value:.1f}</b></li>" for name, value in scores.items())
     wide, narrow = accuracy_chart(curves, 760, 400), accuracy_chart(curves, 360, 320)
+    oracle = " Dashed: the oracle, which knows what the model writes." if limits(curves) else ""
     return (
         "<section><h2>Accuracy against tokens per forward</h2>"
         f'<ul class="legend">{legend}<li class="front"><i></i>Pareto front</li></ul>'
         f'<figure class="wide">{wide}</figure><figure class="narrow">{narrow}</figure>'
-        '<p class="note">Points are decode settings; bars are 95% intervals. Forwards that denoise are counted.</p>'
+        '<p class="note">Points are decode settings; bars are 95% intervals. Forwards that denoise are counted.'
+        f"{oracle}</p>"
         f'<ul class="aup"><li>AUP</li>{cells}</ul></section>'
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from t3d.errors import T3DError
 from t3d.evaluation.compare import Comparison, compare
 from t3d.evaluation.metrics import wilson
+from t3d.evaluation.oracle import TPF
 from t3d.evaluation.rows import setting
 from t3d.evaluation.summary import read_summary
 from t3d.pipeline import RunFolder
@@ -57,6 +58,12 @@ class Pool:
             return (row["nfe_denoise"] + row.get("nfe_verify", 0.0)) * row["num_problems"]
 
         return tokens / max(1.0, self._sum(forwards))
+
+    @property
+    def oracle_tpf(self) -> float | None:
+        """Mean over seeds of the oracle's tokens per forward; None where a seed has none."""
+        found = [row["extra"].get(TPF) for row in self.rows.values()]
+        return None if None in found else sum(found) / len(found)
 
     @property
     def tpf_all(self) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from t3d.disk import locked
 from t3d.errors import T3DError
+from t3d.evaluation.oracle import TPF
 from t3d.evaluation.rows import percent
 from t3d.evaluation.summary import write_whole
 from t3d.report.charts import Point, Series
@@ -201,7 +202,7 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
             mine = [p for p in wanted if p.variant == name]
             steps, others = [p for p in mine if not p.knobs], [p for p in mine if p.knobs]
             for label, joined in ((name, steps or mine), *(("", [p]) for p in others if steps)):
-                series.append(Series(label, colour, [_point(p) for p in joined]))
+                series.append(Series(label, colour, [_point(p) for p in joined], mine[0].oracle_tpf))
         if len(names) > 1:
             path = stem.with_name(f"{stem.name}-{known.replace(' ', '-')}")
             made[known] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
@@ -240,6 +241,7 @@ def _plain(found: list[Pool], spent: dict[str, list[Cost]], pairs: list) -> dict
                 "by_seed": {str(seed): row["accuracy"] for seed, row in sorted(p.rows.items())},
                 "tpf": p.tpf,
                 "mean_length": p.mean_length,
+                **({} if p.oracle_tpf is None else {TPF: p.oracle_tpf}),
             }
             for p in found
         ],
