@@ -1,12 +1,14 @@
 """The commands that are no stages, and the installed program itself."""
 
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -232,13 +234,87 @@ def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
         ("--tpf", "1.5", "--accuracy", "0.5"): "either --accuracy or --tpf",
         ("--tpf", "100"): "reaches at best tpf",
         ("--accuracy", "1"): "reaches at best quality",
-        ("--tpf", "2", "--strategy", "sequential"): "nothing to calibrate",
+        ("--tpf", "2", "--strategy", "sequential"): "calibrate one --strategy",
         ("--tpf", "2", "--split", "none"): "none",
     }.items():
         done = t3d(*command, *wrong, "-o", "not-there.json")
         assert done.code == 2
         assert said in done.stderr
         assert not (t3d.folder / "not-there.json").exists()
+    done = t3d("calibrate", recipe, "--model", str(tiny), "--strategy", "sequential", "--tpf", "2")
+    assert done.code == 2
+    assert "nothing to calibrate" in done.stderr
+
+
+def test_calibrate_with_a_guarantee(t3d, write_recipe, tiny):
+    recipe = write_recipe(t3d.folder)
+    command = ["calibrate", recipe, "task.num_eval=20", "--model", str(tiny), "--blocks-in-flight", "1"]
+    done = t3d(*command, "--alpha", "0.3", "--strategy", "adaptive", "--strategy", "sequential", "-o", "safe.json")
+    assert done.code == 0, done.stderr
+    assert "with 95% confidence it loses at most 30.0% of all problems to the reference (0 of 20 dev" in done.stdout
+    assert len([line for line in done.stderr.splitlines() if "of 20 lost" in line]) == 8
+    first = json.loads((t3d.folder / "safe.json").read_text())
+    trials = first["notes"]["trials"]
+    assert max(trials, key=lambda trial: trial["tpf"])["tpf"] == first["notes"]["reached"]["tpf"]
+    assert load_decoding(t3d.folder / "safe.json").strategy in ("adaptive", "sequential")
+    kept = sorted(t3d.folder.rglob("calibrate/**/*.parquet"))
+    assert len(kept) == 9  # the reference too
+    kept[3].unlink()  # as if killed before it: the rest is not decoded again
+    before = {path: path.stat().st_mtime_ns for path in kept[:3] + kept[4:]}
+    again = t3d(*command, "--alpha", "0.3", "--strategy", "adaptive", "--strategy", "sequential", "-o", "safe.json")
+    assert (again.code, again.stdout) == (0, done.stdout)
+    assert json.loads((t3d.folder / "safe.json").read_text()) == first
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for wrong, said in {
+        (
+            "--alpha",
+            "0.05",
+        ): "20 problems are too few for alpha 0.05 and delta 0.05: to certify one of 5 settings takes "
+        "at least 90; set task.num_eval",
+        ("--alpha", "1.5"): "alpha must lie between 0 and 1, got 1.5",
+        ("--alpha", "0.3", "--delta", "0"): "delta must lie between 0 and 1, got 0",
+        ("--alpha", "0.3", "--tpf", "2"): "either --accuracy or --tpf or --alpha",
+        ("--tpf", "2"): "--delta and --blocks-in-flight go with --alpha",
+        ("--alpha", "0.3", "--strategy", "adaptve"): "did you mean 'adaptive'",
+    }.items():
+        done = t3d(*command, *wrong, "-o", "not-there.json")
+        assert (done.code, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert said in done.stderr
+        assert not (t3d.folder / "not-there.json").exists()
+
+
+def test_calibrate_says_what_a_guarantee_would_take(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    done = t3d(
+        *("calibrate", recipe, "task.num_eval=40", "--model", "embedded", "--alpha", "0.15", "-o", "none.json"),
+        *("--strategy", "low_confidence_static", "--blocks-in-flight", "4", "eval.max_tokens=96"),
+    )
+    assert done.code == 2
+    assert "none of 3 settings is certified: the best, " in done.stderr
+    assert "0.017 is needed); raise --alpha" in done.stderr
+    assert not (t3d.folder / "none.json").exists()
+
+
+def test_the_oracle_is_kept_with_the_evaluation(t3d, write_recipe):
+    recipe = write_recipe(t3d.folder)
+    plain = t3d("eval", recipe)
+    assert plain.code == 0, plain.stderr
+    done = t3d("eval", recipe, "eval.oracle=true")  # of an evaluation that is there
+    assert done.code == 0, done.stderr
+    rows = json.loads((t3d.folder / "runs" / "recipe" / "summary.json").read_text())["rows"]
+    [found] = {row["extra"]["oracle_tpf"] for row in rows}
+    careful = next(row for row in rows if row["steps"] == 4)
+    assert careful["tpf"] <= found <= 4
+    stored = next(t3d.folder.rglob("oracle.json"))
+    assert stored.parent.name == Path(careful["results"]).name
+    known = json.loads(stored.read_text())
+    assert len(known) == 6
+    stored.write_text(json.dumps(dict.fromkeys(known, 1)))  # what is there is taken as it is
+    again = t3d("eval", recipe, "eval.oracle=true", "eval.grid=[{steps: [4, 2, 1]}]")
+    assert again.code == 0, again.stderr
+    rows = json.loads((t3d.folder / "runs" / "recipe" / "summary.json").read_text())["rows"]
+    assert {row["extra"]["oracle_tpf"] for row in rows} == {careful["mean_length"]}
+    assert "oracle" in (t3d.folder / "runs" / "recipe" / "eval" / "results.md").read_text()
 
 
 def test_any_setting_of_a_decode_on_the_command_line(t3d, tiny):

@@ -58,6 +58,29 @@ def test_it_shows_every_row_and_the_plot_in_both_sizes(page, run):
     assert "train 108 s" in text
 
 
+def test_the_oracle_is_a_line_per_model(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    limits = {"teacher": 2.5, "student": 6.25}  # one beyond all points
+    for row in summary["rows"]:
+        row["extra"]["oracle_tpf"] = limits[row["model"]]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S)[:2]:
+        chart = ET.fromstring(svg)
+        titles = [line[0].text for line in chart.iter() if line.get("class") == "limit"]
+        assert titles == ["oracle: 2.50 tokens per forward", "oracle: 6.25 tokens per forward"]
+        width = float(chart.get("viewBox").split()[2])
+        ticks = {e.text: float(e.get("x")) for e in chart.iter() if e.get("class") == "tick"}
+        places = [float(line.get("d")[1:].split()[0]) for line in chart.iter() if line.get("class") == "limit"]
+        scale = (ticks["4"] - ticks["2"]) / 2
+        assert places == pytest.approx([ticks["2"] + 0.5 * scale, ticks["4"] + 2.25 * scale], abs=0.2)
+        assert places[1] < width
+    assert "Dashed" in text
+    assert (tmp_path / "report-accuracy.svg").read_text().count("oracle") >= 2
+    assert "oracle tpf" in text
+
+
 def test_plot_files(page, run):
     assert ET.parse(run / "report-accuracy.svg").getroot().tag.endswith("svg")
     with Image.open(run / "report-accuracy.png") as image:

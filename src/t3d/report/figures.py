@@ -38,6 +38,8 @@ def save_accuracy_plot(
             axes.plot([p.x for p in best], [p.y for p in best], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
         for value, colour in limits(series):
             axes.axvline(value, color=COLOURS[colour % len(COLOURS)], linestyle="--", linewidth=1, zorder=0)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90}
+            axes.annotate("oracle", (value, 0), (3, 4), **where, fontsize=8, color="#555b64")
         for s in series:
             ordered = sorted(s.points, key=lambda p: p.x)
             errors = [[p.y - p.low for p in ordered], [p.high - p.y for p in ordered]]
