@@ -172,7 +172,7 @@ def calibrate_promise(
     )
     print(
         f"{output}: {described(rows[best])} ({plain.tpf:.2f} at {setting(plain.to_dict())}, the reference); "
-        f"with {1 - delta:.0%} confidence it loses at most {alpha:.1%} of all problems to the reference "
+        f"with {100 * (1 - delta):g}% confidence it loses at most {100 * alpha:g}% of all problems to the reference "
         f"({losses[best]} of {n} {split} problems; {sum(passed)} of {len(grid)} settings are certified)"
     )
 

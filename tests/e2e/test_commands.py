@@ -251,7 +251,7 @@ def test_calibrate_with_a_guarantee(t3d, write_recipe, tiny):
     command = ["calibrate", recipe, "task.num_eval=20", "--model", str(tiny), "--blocks-in-flight", "1"]
     done = t3d(*command, "--alpha", "0.3", "--strategy", "adaptive", "--strategy", "sequential", "-o", "safe.json")
     assert done.code == 0, done.stderr
-    assert "with 95% confidence it loses at most 30.0% of all problems to the reference (0 of 20 dev" in done.stdout
+    assert "with 95% confidence it loses at most 30% of all problems to the reference (0 of 20 dev" in done.stdout
     assert len([line for line in done.stderr.splitlines() if "of 20 lost" in line]) == 8
     first = json.loads((t3d.folder / "safe.json").read_text())
     trials = first["notes"]["trials"]
