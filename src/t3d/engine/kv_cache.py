@@ -154,7 +154,7 @@ class KVCache:
                 self._pages[number].filled = max(self._pages[number].filled, places)
 
     def reach(self, side: Side, coming: dict[int, int]) -> int:
-        """Places, from its first, whose keys are final, or will be by `coming`, the extents of queries planned before."""
+        """Its first places whose keys are final, or will be by `coming`, the extents of queries planned before."""
         size, place = self.page_size, side.cached
         while self.keep and place // size < len(side.pages):
             number = side.pages[place // size]
