@@ -58,8 +58,8 @@ def measure(engine: Engine, prompts: list, some: list[tuple[str, DecodingConfig]
     rows, first = [], some[0][0]
     for name, config in some:
         mine, base = answers[name], answers[first]
-        tokens, forwards = sum(t.length for t in mine), sum(t.nfe.denoise for t in mine)
-        plain = sum(t.nfe.denoise for t in base)
+        tokens, forwards = sum(t.length for t in mine), sum(t.nfe.predicting for t in mine)
+        plain = sum(t.nfe.predicting for t in base)
         time_ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True))
         cost = time_ratio * plain / forwards
         row = {

@@ -43,7 +43,7 @@ def test_a_mixture_of_experts_goes_through_a_run(t3d, write_recipe, tiny):
         "moe_intermediate_size": 16, "max_position_embeddings": 512, "block_size": 4,
     }  # fmt: skip
     model = {"path": str(tiny), "architecture": architecture}
-    recipe = write_recipe(t3d.folder, model=model, train={"max_steps": 2}, eval={"steps": [2]})
+    recipe = write_recipe(t3d.folder, model=model, train={"max_steps": 2}, eval={"grid": [{"steps": 2}]})
     done = t3d("run", recipe, "task.num_train=8", "task.num_eval=2")
     assert done.code == 0, done.stderr
     config = json.loads((t3d.folder / "runs/recipe/student/config.json").read_text())

@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from rich.console import Console
 
 from t3d import __version__
-from t3d.decoding import load_decoding
+from t3d.decoding import DecodingConfig, load_decoding
 from t3d.evaluation import EvalConfig, EvalRow, read_summary
 from t3d.evaluation.rows import print_table
 
@@ -69,12 +69,50 @@ def test_generate(t3d, tiny):
     assert piped.stdout == plain.stdout
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "5"), ("--temperature", "-1"), ("--strategy", "fast")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--steps", "5"), ("--temperature", "-1"), ("--strategy", "fast"), ("--threshold", "2"), ("--floor", "ones")],
+)
 def test_generate_refuses_what_makes_no_sense(t3d, tiny, arguments):
     done = t3d("generate", str(tiny), "How many?", *arguments)
     assert done.code == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("command", "without"), [("generate", {"n"}), ("serve", {"n", "seed", "max_tokens"})])
+def test_every_setting_is_an_option(t3d, command, without):
+    done = t3d(command, "--help")
+    assert done.code == 0, done.stderr
+    settings = {f.name for f in fields(DecodingConfig)}
+    offered = {name.replace("-", "_") for name in re.findall(r"^  --([a-z-]+)", done.stdout, re.M)}
+    assert settings & offered == settings - without
+    assert "0..1" in done.stdout.split("--threshold ")[1].split("--")[0]  # bounds
+    assert "low_confidence_dynamic" in done.stdout.split("--threshold ")[0].splitlines()[-2]  # whose it is
+
+
+def test_an_unknown_name_is_refused_before_anything_is_loaded(t3d):
+    """The nearest is named; the checkpoint is not there, and that is not what is said."""
+    for command in (["generate", "nowhere", "How many?"], ["serve", "nowhere"]):
+        for option, wrong, right in (("--strategy", "sequental", "sequential"), ("--flight", "s2d", "s2d2")):
+            done = t3d(*command, option, wrong)
+            assert done.code == 2
+            assert f"did you mean {right!r}?" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+
+
+def test_options_are_settings(t3d, tiny):
+    """Given as options or as recipes have them, and options go before a file."""
+    question, common = "How many apples?", ("--max-tokens", "12", "--temperature", "1", "--seed", "4")
+    options = ("--strategy", "low_confidence_dynamic", "--threshold", "0.1", "--blocks-in-flight", "2", "--ignore-eos")
+    texts = ("strategy=low_confidence_dynamic", "threshold=0.1", "blocks_in_flight=2", "ignore_eos=true")
+    one = t3d("generate", str(tiny), question, *common, *options)
+    other = t3d("generate", str(tiny), question, *common, *(part for text in texts for part in ("--set", text)))
+    assert one.code == other.code == 0, one.stderr
+    assert one.stdout == other.stdout
+    assert one.stderr.split(",")[0] == other.stderr.split(",")[0]
+    plain = t3d("generate", str(tiny), question, *common, "--ignore-eos")
+    assert plain.stderr.split(",")[0] != one.stderr.split(",")[0]
 
 
 def test_show(finished, t3d):
@@ -201,3 +239,20 @@ def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
         assert done.code == 2
         assert said in done.stderr
         assert not (t3d.folder / "not-there.json").exists()
+
+
+def test_any_setting_of_a_decode_on_the_command_line(t3d, tiny):
+    question = "How many apples?"
+    plain = t3d("generate", str(tiny), question, "--max-tokens", "12", "--steps", "2")
+    ahead = t3d("generate", str(tiny), question, "--max-tokens", "12", "--steps", "2", "--set", "flight=look_ahead")
+    assert (ahead.code, ahead.stdout) == (0, plain.stdout), ahead.stderr
+    for text, said in (
+        ("flight=look_ahaed", "unknown flight 'look_ahaed' (did you mean 'look_ahead'?)"),
+        ("depht=2", "unknown decoding setting 'depht' (did you mean 'depth'?)"),
+        ("depth=two", "setting depth cannot be 'two'; it is int"),
+        ("depth", "write settings as key=value"),
+    ):
+        done = t3d("generate", str(tiny), question, "--set", text)
+        assert (done.code, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -59,7 +59,7 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
         task=task,
         rollout={"max_tokens": 4},
         train=training,
-        eval={"steps": [1], "max_tokens": 4},
+        eval={"grid": [{"steps": 1}], "max_tokens": 4},
     )
     done = t3d("run", recipe)
     assert done.code == 0, done.stderr

@@ -163,3 +163,24 @@ def test_mistakes_are_one_line_before_anything_runs(t3d, write_recipe, changes, 
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (t3d.folder / "runs").exists()
+
+
+def test_a_study_of_decoding_trains_nothing(t3d, write_recipe):
+    """Each variant's model at every setting, a line per setting; look-ahead has the ordinary accuracy."""
+    grid = "eval.grid=[{steps: 2}, {steps: 2, flight: look_ahead}, {blocks_in_flight: 2}]"
+    study = write_study(t3d.folder, write_recipe, train=False, against=[], set=[grid], variants={"a": [], "b": []})
+    done = t3d("study", study)
+    assert done.code == 0, done.stderr
+    assert not list((t3d.folder / "runs/study").glob("*/student"))
+    text = (t3d.folder / "results.md").read_text()
+    for name in ("a", "b"):
+        assert f"### `{name}`" in text
+        assert (t3d.folder / f"results-study-{name}.svg").exists()
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "steps" in line]
+    rows = {(number // 3, cells[0].strip("| ")): cells for number, cells in enumerate(lines)}
+    assert {setting for _, setting in rows} == {"2 steps", "2 steps, look-ahead 1", "4 steps, 2 blocks"}
+    for model in (0, 1):
+        plain, ahead = rows[model, "2 steps"], rows[model, "2 steps, look-ahead 1"]
+        assert plain[1] == ahead[1]
+        assert float(plain[2]) <= float(ahead[2])
+    assert "is complete" not in t3d("study", study).stderr

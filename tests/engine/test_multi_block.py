@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
-from t3d.engine import Engine
+from t3d.engine import BlockEvent, Engine, FinishedEvent
 from tests.conftest import make_model
 from tests.engine.reference import reference_multi_block
 
@@ -62,3 +62,36 @@ def test_equals_plain_sampler(model, mixed, data):
         assert (t.response_ids, t.step_map) == (ids, steps)
         assert t.confidence == pytest.approx(confidence, abs=1e-4)
         assert (t.length, t.finish_reason, t.nfe.denoise) == (length, reason, forwards)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("options", [{"kv_cache_tokens": 64, "page_size": 8}, {"attention": "flex"}, {"fused": False}])
+@pytest.mark.parametrize("flight", ["multi_block", "look_ahead"])
+def test_budget_attention_and_stores_change_nothing(model, options, flight):
+    """Several samples per prompt, with stops, through a cache that makes the youngest yield."""
+    rng = random.Random(4)
+    prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 20))] for _ in range(6)]
+    more = {"blocks_in_flight": 3} if flight == "multi_block" else {"depth": 1}
+    config = DecodingConfig(flight=flight, steps=2, max_tokens=16, temperature=1.0, n=2, stop_ids=(1, 5), **more)
+    want = Engine(model).generate(prompts, config)
+    engine = Engine(model, **options)
+    got = engine.generate(prompts, config)
+    assert [(t.response_ids, t.step_map, t.length) for t in got] == [
+        (t.response_ids, t.step_map, t.length) for t in want
+    ]
+    assert engine.stats.preemptions > 0 or "kv_cache_tokens" not in options
+
+
+def test_blocks_are_told_in_order_and_none_behind_a_final_stop(model):
+    """What is in flight behind the end is dropped: the trajectory ends with the block that holds the stop."""
+    prompts = [[7, 8, 9], [10, 11], [12]]
+    config = DecodingConfig(blocks_in_flight=4, enter=0.0, steps=4, max_tokens=40, stop_ids=tuple(range(30, 62)))
+    blocks: dict[int, list[int]] = {}
+    for event in Engine(model).stream(prompts, config):
+        if isinstance(event, BlockEvent):
+            blocks.setdefault(event.index, []).extend(event.token_ids)
+        elif isinstance(event, FinishedEvent):
+            t = event.trajectory
+            assert blocks[event.index] == t.response_ids
+            assert t.finish_reason == "stop"
+            assert len(t.prompt_ids) + t.length > len(t.prompt_ids) + len(t.response_ids) - t.block_size

@@ -85,6 +85,8 @@ def test_tokens_per_forward_counts_ids_and_both_kinds_of_forwards():
     assert total.tpf_all == 12 / 12
     assert total.nfe == 6
     assert Speed().tpf == Speed().tpf_all == Speed().nfe == 0
+    total.add(make_trajectory("c", blocks=3, length=12, nfe=NFE(1, 2, 0, verify=3)))
+    assert (total.tpf, total.tpf_all, total.nfe) == (24 / 13, 24 / 18, 18 / 3)  # verifying forwards predict too
     assert tokps(4, 2) == 2
     assert tokps(5, 2) == 2.5
 

@@ -96,6 +96,9 @@ def test_without_a_seed_answers_differ_and_can_be_repeated(client):
         {"n": 3, "temperature": 1.0, "seed": 4},
         {"stop": ["e"], "temperature": 1.3, "seed": 6, "n": 2},
         {"extra_body": {"strategy": "low_confidence_dynamic", "threshold": 0.2, "block_size": 8}},
+        {"extra_body": {"strategy": "low_confidence_dynamic", "threshold": 0.2, "blocks_in_flight": 3}},
+        {"extra_body": {"flight": "look_ahead", "depth": 2, "steps": 2}},
+        {"extra_body": {"strategy": "token_editing", "guidance_scale": 0.5}},
     ],
 )
 def test_a_stream_joins_to_the_whole_answer(client, settings):
@@ -118,7 +121,7 @@ def test_a_stream_joins_to_the_whole_answer(client, settings):
     assert texts == {c.index: c.message.content for c in whole.choices}
     assert finish == {c.index: c.finish_reason for c in whole.choices}
     assert usage == whole.usage
-    if not settings.get("stop"):
+    if usage.completion_tokens > 40:  # an answer that did not stop early
         assert pieces > 4 * len(texts)  # block by block
 
 
@@ -253,3 +256,37 @@ def test_parameters_that_ask_for_nothing_are_accepted(client):
         service_tier="auto",
     )
     assert got.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_every_setting_of_policies_and_flights_can_be_asked_for(client, offline):
+    """And changes what it should: several blocks in flight other tokens, look-ahead only the forwards."""
+    (plain,) = offline.generate([[70, 71, 72]], DecodingConfig(max_tokens=24, steps=2))
+
+    def ask(**extra):
+        extra |= {"return_details": True, "steps": 2}
+        return client.completions.create(model="tiny", prompt=[70, 71, 72], max_tokens=24, extra_body=extra).choices[0]
+
+    ahead = ask(flight="look_ahead", depth=2)
+    assert ahead.t3d["token_ids"] == plain.response_ids[: plain.length]
+    assert ahead.t3d["nfe"]["denoise"] <= plain.nfe.denoise
+    several = ask(blocks_in_flight=3, enter=0.25, force=0.5)
+    (want,) = offline.generate(
+        [[70, 71, 72]], DecodingConfig(max_tokens=24, steps=2, blocks_in_flight=3, enter=0.25, force=0.5)
+    )
+    assert several.t3d["token_ids"] == want.response_ids[: want.length]
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"flight": "look_ahaed"}, "did you mean 'look_ahead'"),
+        ({"depht": 2}, "did you mean 'depth'"),
+        ({"flight": "look_ahead", "depth": 4}, "depth"),
+        ({"flight": "look_ahead", "blocks_in_flight": 2}, "look_ahead has depth"),
+        ({"blocks_in_flight": "two"}, "blocks_in_flight"),
+        ({"negative_prompt": "no"}, "guidance_scale"),
+    ],
+)
+def test_wrong_settings_are_the_clients_fault(client, extra, said):
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.completions.create(model="tiny", prompt=[70, 71, 72], max_tokens=8, extra_body=extra)

@@ -1,14 +1,16 @@
 """Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported and served."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from t3d.cli.app import app
+from t3d.cli.decoding import decoding_options, settings_of
 from t3d.errors import T3DError
+
+SET = "a setting of a decode as in recipes, e.g. flight=look_ahead; may be repeated"
 
 
 @app.command("show")
@@ -31,26 +33,19 @@ def show_command(
     show_folders(folders, number, prompt_id, tokenizer)
 
 
-@app.command("generate")
+@app.command("generate", cls=decoding_options("n"))
 def generate_command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="MODEL", show_default=False)
     ],
     prompt: Annotated[
         str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
     ],
-    steps: Annotated[int | None, typer.Option(help="denoising steps per block")] = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens of the answer")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens; 0 is off")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample among the likeliest with this total probability")] = None,
-    strategy: Annotated[str | None, typer.Option(help="unmasking strategy")] = None,
-    threshold: Annotated[float | None, typer.Option(help="confidence above which a dynamic strategy commits")] = None,
-    block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate`; options go first")
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: the prompt is continued as it is")] = False,
@@ -63,25 +58,12 @@ def generate_command(
     Decoded as the checkpoint recommends in generation_config.json, else greedily with as many steps as a block has
     tokens; what is given here goes first.
     """
-    from t3d.decoding import load_decoding
     from t3d.generate import generate
     from t3d.log import to_terminal
 
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt
-    given = {
-        "block_size": block_size,
-        "steps": steps,
-        "strategy": strategy,
-        "threshold": threshold,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    settings = {} if decoding is None else asdict(load_decoding(decoding))
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings = settings_of(context, decoding, set_)
     generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
 
 
@@ -166,8 +148,9 @@ def import_command(
     print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
 
 
-@app.command("serve")
+@app.command("serve", cls=decoding_options("n", "seed", "max_tokens"))
 def serve_command(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
@@ -182,12 +165,9 @@ def serve_command(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps per block, where a request does not say")] = None,
-    strategy: Annotated[str | None, typer.Option(help="unmasking strategy, likewise")] = None,
-    threshold: Annotated[float | None, typer.Option(help="of a dynamic strategy, likewise")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy, likewise")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="file of `t3d calibrate` instead of steps, strategy, ...")
+        Path | None, typer.Option("--decoding", help="file of `t3d calibrate`; options go first")
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
     kv_cache_tokens: Annotated[
@@ -210,14 +190,11 @@ def serve_command(
         from t3d.serve.server import serve
     except ModuleNotFoundError as error:
         raise T3DError(f"t3d serve needs {error.name}; install it with: pip install 't3d[serve]'") from error
-    from t3d.decoding import load_decoding
     from t3d.log import to_terminal
     from t3d.serve.config import ServeConfig, read_key
 
     to_terminal()
-    given = {"steps": steps, "strategy": strategy, "threshold": threshold, "temperature": temperature}
-    settings = {} if decoding is None else asdict(load_decoding(decoding))
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings = settings_of(context, decoding, set_)
     config = ServeConfig(
         host=host,
         port=port,

@@ -1,13 +1,19 @@
 """How to decode: the settings a user chooses, checked when they are made."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cached_property
+from typing import get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from t3d.decoding import flights, policies
 from t3d.decoding.flight import FLIGHTS, Flight
 from t3d.decoding.policy import POLICIES, Policy, check_name, load_all
 from t3d.decoding.settings import check_value, merged, setting
-from t3d.errors import T3DError
+from t3d.errors import T3DError, nearest
 
 load_all(policies.__name__, "t3d.policies")
 load_all(flights.__name__, "t3d.flights")
@@ -133,3 +139,26 @@ DecodingConfig = make_dataclass(
         "__module__": __name__,
     },
 )
+
+
+def parse_settings(texts: Iterable[str]) -> dict:
+    """Settings from `key=value` texts, values as in YAML, each of its key's type.
+
+    Raises:
+        T3DError: one line: not of that form, an unknown key (with the nearest name), or a value of another type.
+    """
+    hints, found = get_type_hints(DecodingConfig), {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise T3DError(f"cannot understand {text!r}: write settings as key=value")
+        if name not in hints:
+            raise T3DError(f"unknown decoding setting {name!r}{nearest(name, hints)}")
+        try:
+            plain = yaml.safe_load(value)
+            found[name] = TypeAdapter(hints[name]).validate_json(json.dumps(plain), strict=True)
+        except (yaml.YAMLError, ValidationError, TypeError) as error:
+            raise T3DError(
+                f"setting {name} cannot be {value!r}; it is {getattr(hints[name], '__name__', hints[name])}"
+            ) from error
+    return found

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import hashlib
+import math
 import re
 import time
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from importlib.resources import files
 
 import anyio
@@ -15,6 +17,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from t3d import __version__
+from t3d.decoding.config import OWNED
+from t3d.decoding.flight import FLIGHTS
 from t3d.decoding.policy import POLICIES, Policy
 from t3d.errors import T3DError
 from t3d.serve.answer import CHAT, COMPLETION, Answer, Form
@@ -24,8 +28,6 @@ from t3d.serve.guard import Guard
 from t3d.serve.metrics import Metrics
 from t3d.serve.model import Served
 from t3d.serve.schema import ChatBody, CompletionBody, Decoding, explain
-
-KNOBS = sorted({p.speed().name for p in POLICIES.values() if p.speed()})
 
 
 def create_app(models: list[Served], config: ServeConfig) -> Guard:
@@ -66,7 +68,7 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
             "context": served.worker.longest,
             "block_size": d.block_size or served.model.config.block_size,
             "steps": d.steps or d.block_size or served.model.config.block_size,
-        } | {name: getattr(d, name) for name in ("strategy", *KNOBS, "temperature", "top_k", "top_p")}
+        } | {name: getattr(d, name) for name in ("strategy", "flight", *OWNED, "temperature", "top_k", "top_p")}
         return {"id": served.name, "object": "model", "created": started, "owned_by": "t3d", "t3d": ours}
 
     async def respond(form: Form, body: Decoding, request: Request) -> Response:
@@ -102,6 +104,14 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     async def one_model(name: str):
         return card(find(name))
 
+    def about(owner: type) -> dict:
+        """What a policy or flight does, and its settings."""
+        settings = []
+        for f in fields(owner):
+            bounds = {key: f.metadata[key] for key in ("low", "high") if math.isfinite(f.metadata[key])}
+            settings.append({"name": f.name, "default": f.default, "help": f.metadata["help"]} | bounds)
+        return {"description": owner.__doc__.split("\n")[0], "settings": settings}
+
     @app.get("/v1/strategies")
     async def strategies():
         """Unmasking strategies, each with the setting that trades its speed for quality."""
@@ -110,7 +120,12 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
             f = policy.speed()
             return f and {"name": f.name, "slow": f.metadata["slow"], "fast": f.metadata["fast"]}
 
-        return {"object": "list", "data": [{"id": name, "knob": knob(policy)} for name, policy in POLICIES.items()]}
+        return {"object": "list", "data": [{"id": name, "knob": knob(p)} | about(p) for name, p in POLICIES.items()]}
+
+    @app.get("/v1/flights")
+    async def flights():
+        """What a forward can compute: one block after the other, several in flight, look-ahead, self-speculation."""
+        return {"object": "list", "data": [{"id": name} | about(flight) for name, flight in FLIGHTS.items()]}
 
     @app.get("/health")
     async def health():

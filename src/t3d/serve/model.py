@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from t3d.decoding.config import DecodingConfig
 from t3d.engine.intake import make_requests
 from t3d.engine.request import Request
+from t3d.engine.session import check_fits
 from t3d.errors import T3DError
 from t3d.serve.errors import ApiError
 from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding
@@ -78,7 +79,11 @@ class Served:
             config = body.decoding(self.default, limit or room)
             if config.negative_prompt is not None:
                 config = replace(config, negative_prompt=render(config.negative_prompt))
-            return make_requests(encoded, config, None, None, self.model, self.tokenizer)
+            requests = make_requests(encoded, config, None, None, self.model, self.tokenizer)
+            cache = self.worker.session.cache
+            for request in requests:  # a flight may need more than the text itself
+                check_fits(request, cache.num_pages, cache.page_size)
+            return requests
         except T3DError as error:
             raise ApiError(400, str(error)) from error
 

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import Field as Field_
+from dataclasses import fields, replace
 from random import SystemRandom
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from t3d.decoding.config import DecodingConfig
+from t3d.decoding.config import OWNED, DecodingConfig
+from t3d.decoding.flight import FLIGHTS
 from t3d.decoding.policy import POLICIES
 from t3d.errors import nearest
 
@@ -52,7 +54,20 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Decoding(Strict):
+def _owned(f: Field_) -> tuple:
+    """The field for a setting of a policy or flight, within its bounds."""
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    kind = Literal[choices] if choices else f.type if isinstance(f.type, type) else {"int": int, "float": float}[f.type]
+    if not choices:
+        kind = Annotated[kind, Field(ge=max(low, -MOST), le=min(high, MOST))]
+    return (kind | None, Field(None, description=f.metadata["help"]))
+
+
+MOST = 10**9
+Owned = create_model("Owned", __base__=Strict, **{name: _owned(f) for name, f in OWNED.items()})
+
+
+class Decoding(Owned):
     """What both endpoints take. A field that is null or missing has the server's default."""
 
     model: str | None = Field(None, description="one of /v1/models; default: the first")
@@ -69,11 +84,10 @@ class Decoding(Strict):
     block_size: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
     strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(POLICIES))
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    floor: Literal["one", "schedule"] | None = None
-    entropy_bound: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    risk: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    flight: str | None = Field(None, description="what a forward computes: " + ", ".join(FLIGHTS))
+    window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    negative_prompt: Text | None = None
     confidence: Literal["untempered", "sampling"] | None = None
     stop_ids: Annotated[list[Id], Field(max_length=64)] | None = Field(None, description="instead of the model's own")
     ignore_eos: bool | None = None
@@ -125,11 +139,9 @@ class Decoding(Strict):
 
     def decoding(self, default: DecodingConfig, max_tokens: int) -> DecodingConfig:
         """The settings, unset ones from `default`. Without a seed, one is drawn. Raises T3DError as the settings do."""
-        names = (
-            "temperature top_p n top_k block_size steps strategy threshold floor entropy_bound factor risk confidence "
-            "stop_ids ignore_eos"
-        )
-        given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
+        asked_otherwise = {"stop", "seed", "max_tokens"}
+        names = [f.name for f in fields(DecodingConfig) if f.name not in asked_otherwise]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         stop = default.stop if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
         seed = SystemRandom().randrange(1 << 63) if self.seed is None else self.seed
         return replace(default, **{"n": 1} | given, stop=tuple(stop), seed=seed, max_tokens=max_tokens)

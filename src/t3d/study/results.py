@@ -70,14 +70,7 @@ def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pai
         compared = [pair for pair in pairs if pair[0].labels == known]
         if compared:
             parts += [*_differences(compared), ""]
-    planned = {job.variant: [j.seed for j in study.jobs if j.variant == job.variant] for job in study.jobs}
-    missing = {
-        name: sorted(set(seeds) - {seed for pool in found if pool.variant == name for seed in pool.rows})
-        for name, seeds in planned.items()
-    }
-    left = "; ".join(f"`{name}` (seed {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds)
-    if left:
-        parts += [f"Not run yet: {left}.", ""]
+    parts += _missing(study, found)
     return "\n".join(parts)
 
 
@@ -105,7 +98,20 @@ def _by_setting(study: Study, found: list[Pool], plots: dict) -> str:
                 )
             )
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, *_missing(study, found)])
+
+
+def _missing(study: Study, found: list[Pool]) -> list[str]:
+    """What a reader must not take for done."""
+    planned = {job.variant: [j.seed for j in study.jobs if j.variant == job.variant] for job in study.jobs}
+    missing = {
+        name: sorted(set(seeds) - {seed for pool in found if pool.variant == name for seed in pool.rows})
+        for name, seeds in planned.items()
+    }
+    left = "; ".join(f"`{name}` (seed {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds)
+    if left:
+        return [f"Not run yet: {left}.", ""]
+    return []
 
 
 def _accuracies(shown: list[Pool], settings: list[str], spent: dict[str, list[Cost]]) -> list[str]:

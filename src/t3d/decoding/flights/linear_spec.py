@@ -37,4 +37,6 @@ class LinearSpec(Flight):
             settle(sequence, block, draft, logits.rows(segments[1].rows[places]))
             if not block.masked().any():
                 sequence.finish(block)
-                block = sequence.new_block(sequence.base)
+                if block.end == sequence.request.most_tokens:
+                    return
+                block = sequence.new_block(block.end)

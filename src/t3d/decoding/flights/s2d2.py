@@ -53,7 +53,9 @@ class S2D2(Flight):
                 yield [Row(block, np.where(sequence.window(block), drafting.rows, -1))]
             if not block.masked().any():
                 sequence.finish(block)
-                block = sequence.new_block(sequence.base)
+                if block.end == sequence.request.most_tokens:
+                    return
+                block = sequence.new_block(block.end)
 
     def expected(self, logits: Tensor, config) -> float:
         """E[K] of a draft drawn from these logits (n, vocab); NaN, which verifies nothing, if they are not numbers."""
