@@ -179,6 +179,10 @@ def test_a_hit_changes_no_token(model, data):
     some = [data.draw(configs()) for _ in range(data.draw(st.integers(1, 2)))]
     prompts = prompts_that_share(rng, data.draw(st.integers(1, 4)))
     requests = make_requests(prompts, [rng.choice(some) for _ in prompts], None, None, model, None)
+    negatives = [rng.choice([None, p[: rng.randint(1, len(p))], p]) for p in prompts]
+    requests = [
+        replace(r, negative_ids=tuple(negatives[r.index])) if r.guided and negatives[r.index] else r for r in requests
+    ]
     longest = 2 * (50 + 60 + 24 + 40)  # of a second turn, with its companion
     options = {
         "max_batch_size": data.draw(st.integers(1, 5)),
@@ -412,3 +416,16 @@ def test_a_failed_forward_leaves_nothing_behind(model):
         check(session)
     want = [t.response_ids for t in Engine(model).generate([requests[0].prompt_ids], config)]
     assert sorted(e.trajectory.response_ids for e in events if isinstance(e, FinishedEvent)) == sorted(want)
+
+
+def test_a_companion_that_begins_as_its_sequence_does(model):
+    """Both are admitted before either is known: the companion's copy of their beginning leads nobody to its end."""
+    text = [7 + i % 40 for i in range(32)]
+    config = DecodingConfig(max_tokens=8, n=3, temperature=0.7, guidance_scale=1.5, stop_ids=())
+    requests = make_requests([[*text, *[50] * 12]], config, None, None, model, None)
+    requests = [replace(r, negative_ids=(*text, *[51] * 12)) for r in requests]
+    rng = random.Random(0)
+    want, _ = talk(Engine(model), requests, rng, follow=False)
+    got, session = talk(Engine(model, prefix_cache=True, page_size=8), requests, rng, follow=False)
+    assert got == want
+    assert session.stats.cached_tokens > 0
