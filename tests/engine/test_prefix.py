@@ -429,3 +429,33 @@ def test_a_companion_that_begins_as_its_sequence_does(model):
     got, session = talk(Engine(model, prefix_cache=True, page_size=8), requests, rng, follow=False)
     assert got == want
     assert session.stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("flight", ["multi_block", "linear_spec"])
+def test_a_companion_shares_only_with_those_that_begin_at_its_position(model, flight):
+    """Where the prompt is of another length, a negative prompt has other positions, and lies in blocks otherwise."""
+    negative = [7 + i % 40 for i in range(34)]
+    config = DecodingConfig(max_tokens=12, guidance_scale=1.5, ignore_eos=True, flight=flight)
+    session = Engine(model, prefix_cache=True, page_size=8).open()
+    for length, shares in ((36, False), (37, False), (40, True)):
+        (request,) = make_requests([[length] * length], config, None, None, model, None)
+        request = replace(request, negative_ids=tuple(negative))
+        session.add(request)
+        session.scheduler.plan()
+        companion = session.scheduler.running[0].sides[1]
+        assert (session.cache.reach(companion, {}) == 32) == shares
+        session.cancel(request.index)
+        got = one(session, request).trajectory
+        assert got.response_ids == one(Engine(model).open(), request).trajectory.response_ids
+
+
+def test_a_companion_with_the_same_prompt_does_not_write_twice(model):
+    """Samples behind the first share pages between themselves and their companions."""
+    text = [7 + i % 40 for i in range(44)]
+    config = DecodingConfig(max_tokens=8, n=3, temperature=0.7, guidance_scale=1.5, stop_ids=())
+    requests = [replace(r, negative_ids=r.prompt_ids) for r in make_requests([text], config, None, None, model, None)]
+    want, _ = talk(Engine(model), requests, random.Random(0), follow=False)
+    for prefill_tokens in (1, 8, 1024):
+        engine = Engine(model, prefix_cache=True, page_size=8, prefill_tokens=prefill_tokens)
+        got, _ = talk(engine, requests, random.Random(0), follow=False)
+        assert got == want

@@ -3,7 +3,8 @@
 from collections import deque
 
 from t3d.blocks import block_start
-from t3d.engine.kv_cache import KVCache
+from t3d.decoding.flight import Segment
+from t3d.engine.kv_cache import KVCache, Side
 from t3d.engine.request import Query, Sequence
 
 
@@ -45,7 +46,6 @@ class Scheduler:
         for sequence in self.running:
             for query in self._queries(sequence, budget):
                 (queries if query.sequence is sequence else companions).append(query)
-                self._coming |= self.cache.extents(query)
                 budget -= self._cost(sequence, query.final - query.start)
         return queries, companions
 
@@ -101,18 +101,24 @@ class Scheduler:
         Its companion does the same in the same forward; while only one of them has a prompt left to read, it alone.
         """
         block, sides = sequence.request.config.block_size, sequence.sides
-        reached = [self.cache.reach(side, self._coming) for side in sides]
-        pending = [side.base - place for side, place in zip(sides, reached, strict=True)]
+        pending = [side.base - self._reach(side) for side in sides]
         if not any(pending) or (self.fused and sum(self._cost(sequence, n) for n in pending) <= budget):
-            return [
-                Query(side, place, side.base, side.asked, side is sequence)
-                for side, place in zip(sides, reached, strict=True)
-            ]
+            return [self._query(side, side.base, side.asked, counted=side is sequence) for side in sides]
         queries: list[Query] = []
-        for side, place, left in zip(sides, reached, pending, strict=True):
+        for side in sides:
+            start = self._reach(side)
+            left = side.base - start
             if left == 0 or (budget <= 0 and left > block):
                 continue
-            whole = block_start(budget, block) + block - (place + side.origin) % block
-            queries.append(Query(side, place, place + min(left, whole), [], not queries))
+            whole = block_start(budget, block) + block - (start + side.origin) % block
+            queries.append(self._query(side, start + min(left, whole), [], counted=not queries))
             budget -= self._cost(sequence, min(left, whole))
         return queries
+
+    def _reach(self, side: Side) -> int:
+        return self.cache.reach(side, self._coming)
+
+    def _query(self, side: Side, final: int, segments: list[Segment], counted: bool) -> Query:
+        query = Query(side, self._reach(side), final, segments, counted)
+        self._coming |= self.cache.extents(query)
+        return query
