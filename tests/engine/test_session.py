@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,8 +132,9 @@ def test_a_request_that_fails_takes_nobody_with_it(strategy, page_size):
     requests = make_requests(prompts, config, None, None, model, None)
     session = engine.open(requests)
     for request in requests:
-        session.add(request)
+        session.add(request, watch=True)
     events = drain(session, isolate=True)
+    assert all(np.isfinite(e.confidence).all() for e in events if isinstance(e, StepEvent))
     failed = [e for e in events if isinstance(e, FailedEvent)]
     assert [e.index for e in sorted(failed, key=lambda e: e.index)] == [1, 3, 5]
     assert all(str(e.error).startswith(f"prompt {e.index}: the model's logits are not numbers") for e in failed)

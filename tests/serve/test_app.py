@@ -159,3 +159,22 @@ def test_names(tmp_path):
     assert name_of(str(odd)) == ("a=b", str(odd))
     assert name_of("JetLM/SDAR-1.7B-Chat") == ("JetLM/SDAR-1.7B-Chat", "JetLM/SDAR-1.7B-Chat")
     assert name_of("embedded") == ("embedded", "embedded")
+
+
+def test_a_flight_that_needs_more_than_the_cache_is_the_clients_fault(tiny):
+    """The text fits, what is computed beside it does not: refused before any work, and the message says what to do."""
+    engine = Engine(*load_model(tiny, device="cpu"), max_batch_size=2, kv_cache_tokens=64)
+    model = Served(open_worker(engine, "tiny", max_queue=4), DecodingConfig())
+    app = create_app([model], ServeConfig(timeout=20))
+    prompt = {"prompt": "abcd", "max_tokens": model.worker.longest - 4, "ignore_eos": True}
+    sent = {flight: [] for flight in ("multi_block", "look_ahead")}
+
+    async def work():
+        for flight, answers in sent.items():
+            await call(app, "POST", "/v1/completions", prompt | {"flight": flight}, collect(answers))
+
+    during(app, work())
+    assert sent["multi_block"][0]["status"] == 200
+    assert sent["look_ahead"][0]["status"] == 400
+    assert "lower max_tokens" in json.loads(sent["look_ahead"][1]["body"])["error"]["message"]
+    assert model.worker.stats.failed == 0

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import fields
 
 import httpx2
 import pytest
@@ -66,8 +67,8 @@ def test_any_value_in_any_field(http, path):
 
     @settings(SLOW, max_examples=60)
     @given(st.dictionaries(st.sampled_from(names), values, max_size=4))
-    def run(fields):
-        body = BASE[path] | {"max_tokens": 6} | fields
+    def run(some):
+        body = BASE[path] | {"max_tokens": 6} | some
         limit = body.get("max_completion_tokens", body["max_tokens"])
         if (isinstance(limit, int) and limit > 64) or limit is None:
             body["max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"] = (
@@ -78,10 +79,18 @@ def test_any_value_in_any_field(http, path):
     run()
 
 
+def within_bounds(f) -> st.SearchStrategy:
+    """Values of a policy's setting that it says it takes."""
+    if f.metadata["choices"]:
+        return st.sampled_from(f.metadata["choices"])
+    low, high = max(f.metadata["low"], -(10**9)), min(f.metadata["high"], 10**9)
+    return st.integers(int(low), int(high)) if isinstance(f.default, int) else st.floats(low, high)
+
+
 @pytest.mark.parametrize("path", MODELS)
 def test_valid_settings_are_decoded(http, path):
     """Every combination of settings in their ranges gives an answer; nothing here may be refused."""
-    fields = {
+    given_fields = {
         "temperature": st.just(0) | st.floats(1e-4, 2),
         "top_p": st.floats(1e-6, 1),
         "top_k": st.integers(0, 1000),
@@ -92,19 +101,14 @@ def test_valid_settings_are_decoded(http, path):
         "block_size": st.integers(4, 64),
         "steps": st.integers(1, 4),
         "strategy": st.sampled_from(list(POLICIES)),
-        "threshold": st.floats(0, 1),
-        "floor": st.sampled_from(["one", "schedule"]),
-        "entropy_bound": st.floats(0, 1e9),
-        "factor": st.floats(0, 1e9),
-        "risk": st.floats(0, 1e9),
         "confidence": st.sampled_from(["untempered", "sampling"]),
         "stop_ids": st.lists(st.integers(0, 1 << 30), max_size=3),
         "ignore_eos": st.booleans(),
         "return_details": st.booleans(),
-    }
+    } | {f.name: within_bounds(f) for policy in POLICIES.values() for f in fields(policy)}
 
     @settings(SLOW, max_examples=40)
-    @given(st.fixed_dictionaries({}, optional=fields))
+    @given(st.fixed_dictionaries({}, optional=given_fields))
     def run(body):
         response = http.post(path, json=BASE[path] | {"max_tokens": 12} | body)
         assert response.status_code == 200, response.text

@@ -1,5 +1,6 @@
 """The playground in a real browser: what it shows is what the API says, by hand and by keyboard, on any screen."""
 
+import itertools
 import json
 import re
 
@@ -52,6 +53,29 @@ def done(page) -> None:
     page.wait("!state.running && !state.playing && received() > 0")
 
 
+def choose(page, what: str, name: str, **settings) -> None:
+    """Select a strategy or a flight of the first side, and its settings."""
+    script = """(() => { const f = state.panes[0].root.querySelector("%s"); f.value = "%s";
+        for (const e of ["input", "change"]) f.dispatchEvent(new Event(e)); })()"""
+    page.run(script % (f".{what}", name))
+    knob = page.run("state.panes[0].strategy.knob?.name")
+    for setting, value in settings.items():
+        page.run(script % (".knob-input" if setting == knob else f"[name={setting}]", value))
+
+
+def state_of(page) -> list[list[int]]:
+    return page.run("state.panes[0].blocks.map(b => [b.start, b.end])")
+
+
+def stream(server, text: str, **settings) -> tuple[list[dict], dict]:
+    """(the steps, the details) of a streamed answer."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 60, "seed": 0}
+    body |= {"return_details": True, "stream": True, "stream_steps": True} | settings
+    lines = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.split("\n\n")
+    told = [json.loads(line[6:])["choices"][0].get("t3d") or {} for line in lines if line.startswith("data: {")]
+    return [t for t in told if "places" in t], told[-1]
+
+
 def answer(server, text: str, tokens: int = 60, **settings) -> dict:
     body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "seed": 0}
     body |= {"return_details": True} | settings
@@ -83,6 +107,7 @@ def test_it_shows_what_the_api_answers(page, server):
 def test_tokens_are_text(page):
     """Even if a model writes markup."""
     told = {"step": 0, "places": [0, 1, 2, 3], "tokens": [HOSTILE] * 4, "token_ids": [1] * 4, "confidence": [1] * 4}
+    told |= {"forward": 1, "block": 0}
     chunks = [{"block_size": 4, "steps": 1, "prompt_tokens": 4}, told]
     script = "state.panes[0].take({choices: [{t3d: %s}]})"
     for chunk in chunks:
@@ -130,6 +155,72 @@ def test_steps_and_strategy_change_the_answer(page, server):
     done(page)
     expected = answer(server, "Hello", strategy="low_confidence_dynamic", threshold=0.3)
     assert page.run("state.panes[0].done.token_ids") == expected["token_ids"]
+
+
+def test_several_blocks_settle_at_once(page, server):
+    """After each forward the page has what the stream said; blocks that are not final look different."""
+    choose(page, "strategy", "low_confidence_dynamic", threshold=0.01, floor="one")
+    choose(page, "flight", "multi_block", blocks_in_flight=4, enter=0, force=0.25)
+    ask(page, "Hello")
+    done(page)
+    settings = {"strategy": "low_confidence_dynamic", "threshold": 0.01, "blocks_in_flight": 4, "enter": 0.0}
+    steps, last = stream(server, "Hello", **settings)
+    assert any(a["forward"] == b["forward"] and a["block"] < b["block"] for a, b in itertools.pairwise(steps))
+    assert page.run("state.panes[0].done.token_ids") == last["token_ids"]
+    assert page.run("received()") == last["nfe"]["denoise"]
+    final_from = {}  # block -> the forward after which nothing of it or of those before is masked
+    for forward in range(1, last["nfe"]["denoise"] + 1):
+        page.run(f"state.shown = {forward}; draw()")
+        want = {place for s in steps if s["forward"] <= forward for place in s["places"]}
+        shown = page.run("""state.panes[0].spans.map(s => s.hidden || s.classList.contains('masked') ? null
+            : [s.textContent, s.classList.contains('open')])""")
+        assert {p for p, s in enumerate(shown) if s} == want
+        blocks = state_of(page)
+        undecided = [b for b, places in enumerate(blocks) if any(p not in want for p in range(*places))]
+        final_from |= {b: final_from.get(b, forward) for b in range(min(undecided, default=len(blocks)))}
+        n = len(last["token_ids"])
+        for b, (start, end) in enumerate(blocks):
+            for place in range(start, min(end, n)):
+                if shown[place]:
+                    assert shown[place][1] == (final_from.get(b, 1 << 30) > forward), (forward, b)
+
+
+def test_what_was_taken_back_is_seen(page):
+    """A token that becomes a mask again, and one that is written anew, each at its forward."""
+    common = {"block": 0, "token_ids": [1], "confidence": [0.5]}
+    chunks = [
+        {"block_size": 2, "steps": 2, "prompt_tokens": 2},
+        common | {"forward": 1, "step": 0, "places": [0], "tokens": ["a"]},
+        common | {"forward": 2, "step": 1, "places": [0, 1], "tokens": [None, "b"], "confidence": [0, 0.5]},
+        common | {"forward": 4, "step": 2, "places": [0], "tokens": ["c"]},
+    ]
+    for chunk in chunks:
+        page.run(f"state.panes[0].take({{choices: [{{t3d: {json.dumps(chunk)}}}]}})")
+    looks = "state.panes[0].spans.map(s => s.classList.contains('masked') ? '' : s.textContent)"
+    seen = []
+    for forward in range(5):
+        page.run(f"state.shown = {forward}; draw()")
+        seen.append(page.run(looks))
+    assert seen == [["", ""], ["a", ""], ["", "b"], ["", "b"], ["c", "b"]]
+    page.run("state.shown = 2; draw(); state.panes[0].choose(0)")
+    assert page.run("state.panes[0].spans[0].classList.contains('back')")
+    assert "taken back" in page.run("state.panes[0].find('about').textContent")
+    page.run("state.shown = 4; draw(); state.panes[0].choose(0)")
+    assert page.run("state.panes[0].find('about').textContent").endswith("changed 2 times")
+
+
+def test_every_setting_of_policies_and_flights_is_offered(page, server):
+    """And is what is asked; a flight's setting does not follow into another flight."""
+    for what, path in (("strategy", "strategies"), ("flight", "flights")):
+        for component in httpx2.get(f"{server.url}/v1/{path}").json()["data"]:
+            choose(page, what, component["id"])
+            body = page.run("state.panes[0].body('x')")
+            assert body[what] == component["id"]
+            for setting in component["settings"]:
+                assert body[setting["name"]] == setting["default"]
+                if setting["name"] != (component.get("knob") or {}).get("name"):
+                    assert page.run(f"!!state.panes[0].root.querySelector('[name={setting['name']}]').offsetParent")
+    assert "blocks_in_flight" not in page.run("state.panes[0].body('x')")
 
 
 def test_two_models_side_by_side(page):

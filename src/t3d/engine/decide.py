@@ -17,7 +17,7 @@ from t3d.errors import T3DError
 @dataclass(frozen=True)
 class StepEvent:
     """One denoising step of a block of a watched sequence. Places count from the response's start; a token that is the
-    mask's id was taken back."""
+    mask's id was taken back. Those of one forward have the same `forward`, which counts from 1."""
 
     index: int
     sample: int
@@ -25,6 +25,7 @@ class StepEvent:
     places: list[int]
     token_ids: list[int]
     confidence: list[float]
+    forward: int
 
 
 class Logits:
@@ -65,6 +66,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> li
     """
     batch = _Batch(rows, logits)
     view = batch.view()
+    failed = {id(sequence) for sequence, _ in batch.failures}
     groups: dict[type[Policy], list[int]] = {}
     for number, (sequence, _) in enumerate(rows):
         groups.setdefault(type(sequence.policy), []).append(number)
@@ -79,7 +81,8 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> li
         )
         batch.keep(kind, mine, memory)
         for place, number in enumerate(mine):
-            _apply(*rows[number], place, chosen, some, events)
+            if id(rows[number][0]) not in failed:
+                _apply(*rows[number], place, chosen, some, events)
     return batch.failures
 
 
@@ -282,5 +285,5 @@ def _apply(sequence: Sequence, row: Row, line: int, chosen, view: View, events: 
         at = block.start + changed - len(sequence.request.prompt_ids)
         tokens, confidence = block.tokens[changed].tolist(), block.confidence[changed].tolist()
         about = (sequence.request.index, sequence.request.sample, block.step)
-        events.append(StepEvent(*about, at.tolist(), tokens, confidence))
+        events.append(StepEvent(*about, at.tolist(), tokens, confidence, sequence.denoise + sequence.verify))
     block.step += block.changed

@@ -173,7 +173,7 @@ class Session:
             answer, failures = None, []
         for sequence in denoising:
             about = (sequence.request.index, sequence.request.sample)
-            events += [StepEvent(*about, *told) for told in sequence.told]
+            events += [StepEvent(*about, *told, sequence.denoise + sequence.verify) for told in sequence.told]
             sequence.told.clear()
         for sequence in denoising:
             if sequence.finished and sequence in self.scheduler.running:

@@ -11,11 +11,15 @@ FEW = 5  # with more series only the best points are labelled, and the legend st
 
 
 def save_accuracy_plot(
-    series: list[Series], stem: Path, title: str = "", suffixes: tuple[str, ...] = (".svg", ".png")
+    series: list[Series],
+    stem: Path,
+    title: str = "",
+    suffixes: tuple[str, ...] = (".svg", ".png"),
+    bottom: float | None = None,
 ) -> list[Path]:
     """Write STEM.svg and STEM.png, accuracy in percent against tokens per forward; the same input, the same bytes.
 
-    A series without a name is not in the legend.
+    A series without a name is not in the legend. bottom: accuracy at which the axis begins.
     """
     import matplotlib
 
@@ -49,7 +53,7 @@ def save_accuracy_plot(
                 axes.annotate(p.label, (p.x, p.y), (6, 5), textcoords="offset points", fontsize=8, color="#555b64")
         axes.set_xlabel("tokens per forward")
         axes.set_ylabel("accuracy (%)")
-        axes.set_ylim(top=102)
+        axes.set_ylim(bottom=bottom, top=102)
         axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= 100])
         if title:
             axes.set_title(title, loc="left")

@@ -170,7 +170,7 @@ class Answer:
                     yield chunk(choice, self.form.delta("", role=True), t3d=about if details else None)
             async for choice, event in self._events():
                 if isinstance(event, StepEvent):
-                    yield chunk(choice, self.form.delta(None), t3d=_step(event, pieces))
+                    yield chunk(choice, self.form.delta(None), t3d=self._step(event, choice, pieces))
                     continue
                 text, ids, steps = choice.take(event)
                 if text or (details and ids):
@@ -186,15 +186,19 @@ class Answer:
             return
         yield b"data: [DONE]\n\n"
 
-
-def _step(event: StepEvent, pieces: Pieces) -> dict:
-    return {
-        "step": event.step,
-        "places": event.places,
-        "token_ids": event.token_ids,
-        "tokens": [text for token in event.token_ids for text in pieces([token])],
-        "confidence": [round(c, 4) for c in event.confidence],
-    }
+    def _step(self, event: StepEvent, choice: Choice, pieces: Pieces) -> dict:
+        """A step of one block; `block` counts from the one in which the answer begins. A text of null: taken back."""
+        prompt, size = len(choice.request.prompt_ids), choice.request.config.block_size
+        mask = self.job.worker.engine.model.config.mask_token_id
+        return {
+            "forward": event.forward,
+            "block": (prompt + event.places[0]) // size - prompt // size,
+            "step": event.step,
+            "places": event.places,
+            "token_ids": event.token_ids,
+            "tokens": [None if token == mask else pieces([token])[0] for token in event.token_ids],
+            "confidence": [round(c, 4) for c in event.confidence],
+        }
 
 
 def sse(value: dict) -> bytes:

@@ -105,11 +105,13 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
         return card(find(name))
 
     def about(owner: type) -> dict:
-        """What a policy or flight does, and its settings."""
+        """What a policy or flight does, and its settings: of each its type, default, bounds and choices."""
         settings = []
         for f in fields(owner):
-            bounds = {key: f.metadata[key] for key in ("low", "high") if math.isfinite(f.metadata[key])}
-            settings.append({"name": f.name, "default": f.default, "help": f.metadata["help"]} | bounds)
+            kind = type(f.default).__name__
+            one = {"name": f.name, "type": kind, "default": f.default, "help": f.metadata["help"]}
+            one |= {key: f.metadata[key] for key in ("low", "high") if math.isfinite(f.metadata[key])}
+            settings.append(one | ({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
         return {"description": owner.__doc__.split("\n")[0], "settings": settings}
 
     @app.get("/v1/strategies")

@@ -80,9 +80,8 @@ class Served:
             if config.negative_prompt is not None:
                 config = replace(config, negative_prompt=render(config.negative_prompt))
             requests = make_requests(encoded, config, None, None, self.model, self.tokenizer)
-            cache = self.worker.session.cache
             for request in requests:  # a flight may need more than the text itself
-                check_fits(request, cache.num_pages, cache.page_size)
+                check_fits(request, *self.worker.size)
             return requests
         except T3DError as error:
             raise ApiError(400, str(error)) from error

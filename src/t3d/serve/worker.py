@@ -51,6 +51,7 @@ class Worker:
         cache = self.session.cache
         # positions that prompt and answer can come to together
         self.longest = min(engine.model.config.max_position_embeddings, cache.num_pages * cache.page_size)
+        self.size = cache.num_pages, cache.page_size
         self.broken: str | None = None
         self._jobs: dict[int, Job] = {}  # index of a prompt -> job
         self._next = 0

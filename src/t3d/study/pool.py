@@ -15,6 +15,8 @@ from t3d.pipeline.train import last_checkpoint
 from t3d.study.config import Job, Study, labels
 from t3d.trajectories import Trajectory, TrajectoryDataset
 
+OTHERS, SEVERAL = "other policies", "several blocks"
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -63,18 +65,27 @@ class Pool:
         return tokens / max(1.0, self._sum(lambda row: row["nfe"] * row["num_problems"]))
 
     @property
-    def tps(self) -> float:
-        """Tokens per second of decoding."""
-        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
-        return tokens / max(1e-9, self._sum(lambda row: row["wall_seconds"]))
-
-    @property
     def kind(self) -> str:
         """The policy and the flight without the numbers that vary along a line of a plot."""
         row = next(iter(self.rows.values()))
         name = row["strategy"].removeprefix("low_confidence_")
         parts = (name, row.get("flight"), f"window {row['window']}" if row.get("window") else "")
         return ", ".join(part for part in parts if part)
+
+    @property
+    def group(self) -> str:
+        """The line or colour of a plot of decode settings."""
+        row = next(iter(self.rows.values()))
+        name = row["strategy"].removeprefix("low_confidence_")
+        if row.get("window") or name not in ("static", "dynamic"):
+            return OTHERS
+        words = [w for w in (row.get("flight") or "").split(" ") if not w.startswith("(")]
+        flight = " ".join(words[:2])
+        if flight.endswith("blocks"):
+            return SEVERAL
+        return (
+            "self-speculation" if flight and not flight.startswith("look-ahead") else f"{name}, {flight or 'one block'}"
+        )
 
     @property
     def mean_length(self) -> float:

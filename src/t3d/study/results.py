@@ -12,8 +12,9 @@ from t3d.evaluation.summary import write_whole
 from t3d.report.charts import Point, Series
 from t3d.report.figures import save_accuracy_plot
 from t3d.study.config import Study
-from t3d.study.pool import Cost, Pool, costs, pools
+from t3d.study.pool import OTHERS, SEVERAL, Cost, Pool, costs, pools
 
+LOWEST = 50  # percent; a plot of decode settings leaves out what is below
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # with the name of the study's file
 
 
@@ -82,8 +83,8 @@ def _by_setting(study: Study, found: list[Pool], plots: dict) -> str:
         parts += [f"### `{name}`", ""]
         if name in plots:
             parts += [f"![accuracy against tokens per forward of {name}]({plots[name].name})", ""]
-        parts += [_line("setting", "accuracy, %", "TPF", "TPF all", "tokens/s", "n", "seeds")]
-        parts += [_line("---", "---:", "---:", "---:", "---:", "---:", "---:")]
+        parts += [_line("setting", "accuracy, %", "TPF", "TPF all", "n", "seeds")]
+        parts += [_line("---", "---:", "---:", "---:", "---:", "---:")]
         for pool in mine:
             low, high = pool.ci95
             parts.append(
@@ -92,7 +93,6 @@ def _by_setting(study: Study, found: list[Pool], plots: dict) -> str:
                     f"{percent(pool.accuracy)} ({percent(low)}–{percent(high)})",
                     f"{pool.tpf:.2f}",
                     f"{pool.tpf_all:.2f}",
-                    f"{pool.tps:.0f}",
                     str(pool.n),
                     ", ".join(map(str, sorted(pool.rows))),
                 )
@@ -182,12 +182,15 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
     if not study.train:
         for name in dict.fromkeys(pool.variant for pool in found):
             mine = sorted((p for p in found if p.variant == name), key=lambda p: p.tpf)
-            kinds = list(dict.fromkeys(sorted(p.kind for p in mine)))
-            series = [
-                Series(kind, colour, [_point(p) for p in mine if p.kind == kind]) for colour, kind in enumerate(kinds)
-            ]
+            series, bottom = [], LOWEST if any(100 * p.accuracy >= LOWEST for p in mine) else None
+            for colour, group in enumerate(dict.fromkeys(sorted(p.group for p in mine))):
+                points = [_point(p) for p in mine if p.group == group and 100 * p.accuracy >= (bottom or 0)]
+                if group in (OTHERS, SEVERAL):  # points of different kinds make no line
+                    series += [Series("" if n else group, colour, [point]) for n, point in enumerate(points)]
+                elif points:
+                    series.append(Series(group, colour, points))
             path = stem.with_name(f"{stem.name}-{name}")
-            made[name] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
+            made[name] = save_accuracy_plot(series, path, suffixes=(".svg",), bottom=bottom)[0]
         return made
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
         wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]

@@ -1,0 +1,149 @@
+"""A policy in a package of its own: installed beside t3d, it is there wherever strategies are, with its settings."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+import yaml
+
+from t3d import DecodingConfig, Engine, load_model
+from t3d.embedded import checkpoint
+from t3d.trajectories import TrajectoryDataset
+
+POLICY = '''
+from dataclasses import dataclass
+
+from t3d.decoding.policy import Policy, register
+from t3d.decoding.settings import setting
+
+
+@register("mine")
+@dataclass(frozen=True)
+class Mine(Policy):
+    """All of which the model doubts less than it may."""
+
+    slack: float = setting(0.25, "doubt that a committed token may have", low=0, high=1, slow=0.0, fast=1.0)
+
+    def decide(self, view, knobs, memory):
+        return view.confidence > 1 - knobs.slack
+'''
+SAME = {"strategy": "low_confidence_dynamic", "threshold": 0.5}  # as `mine` with a slack of 0.5
+QUESTION = "Sam had 37 apples and Leo had 25. How many apples did they have in all?"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """That of a process for which the package is installed."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "mine_decoding.py").write_text(POLICY)
+    about = folder / "mine_decoding-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-decoding\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[t3d.policies]\nmine = mine_decoding\n")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Engine:
+    return Engine(*load_model(checkpoint("embedded"), device="cpu"))
+
+
+def t3d(environment: dict, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "t3d", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_in_a_recipe(environment, tmp_path, teacher):
+    recipe = {
+        "model": {"path": "embedded", "device": "cpu"},
+        "task": {"name": "word_problems", "num_train": 4, "num_eval": 2},
+        "rollout": {"max_tokens": 48, "temperature": 0.0, "strategy": "mine"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = t3d(environment, "rollout", "recipe.yaml", "rollout.slack=0.5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = list(TrajectoryDataset(tmp_path / "runs" / "recipe" / "rollout"))
+    assert len(found) == 4
+    expected = teacher.generate([t.prompt_ids for t in found], DecodingConfig(max_tokens=48, **SAME))
+    assert [t.response_ids for t in found] == [t.response_ids for t in expected]
+    assert [t.step_map for t in found] == [t.step_map for t in expected]
+    for wrong, said in (
+        ("rollout.slak=1", "did you mean 'rollout.slack'"),
+        ("rollout.strategy=mime", "did you mean 'mine'"),
+    ):
+        refused = t3d(environment, "rollout", "recipe.yaml", wrong, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+
+
+def test_on_the_command_line(environment, teacher):
+    common = ("generate", "embedded", QUESTION, "--raw", "--device", "cpu", "--max-tokens", "48")
+    mine = t3d(environment, *common, "--strategy", "mine", "--slack", "0.5")
+    assert mine.returncode == 0, mine.stderr
+    (want,) = teacher.generate([QUESTION], DecodingConfig(max_tokens=48, **SAME))
+    assert mine.stdout == want.text + "\n"
+    assert f"{want.length} tokens in {want.nfe.denoise} forwards" in mine.stderr
+    refused = t3d(environment, "generate", "embedded", QUESTION, "--slak", "0.5")
+    assert refused.returncode == 2
+    assert "--slack" in refused.stderr
+    without = t3d(os.environ | {"OMP_NUM_THREADS": "1"}, *common, "--strategy", "mine")
+    assert without.returncode == 2
+    assert "unknown strategy 'mine'" in without.stderr
+
+
+def test_in_the_server(environment, tmp_path, teacher):
+    command = [sys.executable, "-m", "t3d", "serve", "embedded", "--port", "0", "--device", "cpu", "--slack", "0.75"]
+    log = tmp_path / "log"
+    with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
+        try:
+            end = time.monotonic() + 120
+            while not (found := re.search(r" at (http://\S+) ", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            with httpx2.Client(base_url=found[1], timeout=60) as http:
+                check_server(http, teacher)
+        finally:
+            process.terminate()
+
+
+def check_server(http, teacher) -> None:
+    [mine] = [s for s in http.get("/v1/strategies").json()["data"] if s["id"] == "mine"]
+    assert mine == {
+        "id": "mine",
+        "description": "All of which the model doubts less than it may.",
+        "knob": {"name": "slack", "slow": 0.0, "fast": 1.0},
+        "settings": [
+            {
+                "name": "slack",
+                "type": "float",
+                "default": 0.25,
+                "help": "doubt that a committed token may have",
+                "low": 0,
+                "high": 1,
+            }
+        ],
+    }
+    assert http.get("/v1/models").json()["data"][0]["t3d"]["slack"] == 0.75
+
+    prompt = teacher.tokenizer.encode(QUESTION, add_special_tokens=False)
+
+    def ask(**settings):
+        body = {"prompt": prompt, "max_tokens": 32, "return_details": True, "strategy": "mine"}
+        return http.post("/v1/completions", json=body | settings)
+
+    for settings, threshold in (({"slack": 0.5}, 0.5), ({}, 0.25)):
+        (want,) = teacher.generate([prompt], DecodingConfig(max_tokens=32, **SAME | {"threshold": threshold}))
+        got = ask(**settings).json()["choices"][0]["t3d"]
+        assert got["token_ids"] == want.response_ids[: want.length]
+        assert got["nfe"]["denoise"] == want.nfe.denoise
+    for wrong, said in (({"slak": 0.5}, "did you mean 'slack'"), ({"slack": 2}, "slack"), ({"slack": "1"}, "slack")):
+        refused = ask(**wrong)
+        assert refused.status_code == 400
+        assert said in refused.json()["error"]["message"]
