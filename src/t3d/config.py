@@ -58,6 +58,7 @@ class EngineConfig:
     fused: bool = _help("store a finished block in the next block's first forward, not in one of its own", default=True)
     attention: str = _help("sdpa (portable), or flex (FlexAttention, for GPUs)", default="sdpa")
     cuda_graphs: bool | None = _help("replay steady decoding, with flex; default: on a GPU", default=None)
+    prefix_cache: bool = _help("compute once what prompts and answers of a call begin with alike", default=False)
     workers: int = _help("Ray actors that decode, one GPU or a share of the CPUs each; 0: this process", default=0)
     address: str | None = _help("Ray cluster to join; default: RAY_ADDRESS, else one on this machine", default=None)
 

@@ -72,6 +72,21 @@ def test_prompts_samples_and_seed_equal_offline(client, offline):
     assert any(t.finish_reason == "stop" for t in expected)
 
 
+def test_the_turns_before_the_last_are_found(client):
+    """In whole pages of 32 positions."""
+    messages, found = [{"role": "user", "content": "a question that nobody else asks here, " * 4}], []
+    for _ in range(3):
+        got = client.chat.completions.create(model="tiny", messages=messages, max_tokens=40, n=2)
+        usage = got.usage
+        found.append((usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens))
+        assert got.choices[0].message.content == got.choices[1].message.content  # greedy
+        messages += [{"role": "assistant", "content": got.choices[0].message.content}, {"role": "user", "content": "?"}]
+    assert found[0][0] <= 32  # what all chats begin with
+    for (cached, prompt), (_, before) in zip(found[1:], found, strict=False):
+        assert before - 32 <= cached <= prompt
+        assert cached % 32 == 0
+
+
 def test_prompts_as_token_ids(client, offline):
     (expected,) = offline.generate([[70, 71, 72]], DecodingConfig(max_tokens=16))
     for prompt in ([70, 71, 72], [[70, 71, 72]]):
@@ -120,7 +135,9 @@ def test_a_stream_joins_to_the_whole_answer(client, settings):
                 finish[choice.index] = choice.finish_reason
     assert texts == {c.index: c.message.content for c in whole.choices}
     assert finish == {c.index: c.finish_reason for c in whole.choices}
-    assert usage == whole.usage
+    found = usage.prompt_tokens_details
+    assert found.cached_tokens >= whole.usage.prompt_tokens_details.cached_tokens  # the same prompt for a second time
+    assert usage == whole.usage.model_copy(update={"prompt_tokens_details": found})
     if usage.completion_tokens > 40:  # an answer that did not stop early
         assert pieces > 4 * len(texts)  # block by block
 

@@ -173,6 +173,7 @@ def serve_command(
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
     ] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="compute once what requests begin with alike")] = True,
     max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond, clients get 429")] = 256,
     max_body: Annotated[int, typer.Option(help="most bytes of a request")] = 1 << 20,
     timeout: Annotated[float, typer.Option(help="most seconds for one request")] = 600.0,
@@ -207,4 +208,5 @@ def serve_command(
         grace=grace,
         decoding=settings,
     )
-    serve(models, config, dtype, device, max_batch_size=max_batch_size, kv_cache_tokens=kv_cache_tokens)
+    engine = {"max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens, "prefix_cache": prefix_cache}
+    serve(models, config, dtype, device, **engine)

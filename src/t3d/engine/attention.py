@@ -1,7 +1,8 @@
 """Attention of a batch of queries over the paged cache, with PyTorch's SDPA, reading the cache where it lies.
 
 Queries of steady decoding go through one batched call per layer, a page being a batch row; where sequences have several
-pages, each page gives a partial softmax and the parts are merged. Longer ones (prefill) go one by one. Who sees whom is
+pages, each page gives a partial softmax and the parts are merged. A page that several rows share is attended to once
+for each of them, from a copy but for the first. Longer ones (prefill) go one by one. Who sees whom is
 `Query.limits`: the first so many places, since the keys of a query are written to the cache before anything reads it;
 or `Query.visible`, where a query carries more than one segment.
 """
@@ -45,8 +46,10 @@ class SDPAttention:
         pages = self.cache.used_pages
         size = self.cache.page_size
         width = max(s.length for s in short)
-        owner = np.zeros(pages, dtype=np.int64)  # page -> row
-        first = np.zeros(pages, dtype=np.int64)  # page -> position of its first key
+        # a part is a page seen by a row: all pages in use, then the shared ones once more for every further row
+        owner = [0] * pages  # part -> row
+        first = [0] * pages  # part -> position of its first key
+        taken, shared = set(), []
         rows = len(short) if self.paged else pages
         row_of = range(rows) if self.paged else [s.sequence.pages[0] for s in short]
         grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
@@ -57,7 +60,7 @@ class SDPAttention:
         absent = np.ones(table.shape, dtype=bool)
         places, token, longest = [], 0, 1
         if not self.paged:
-            owner[:] = np.arange(pages)
+            owner = list(range(pages))
         for row, query in zip(row_of, short, strict=True):
             n = query.length
             grid[row, :n] = np.arange(token, token + n)
@@ -67,14 +70,24 @@ class SDPAttention:
                 sight[:, row, :n] = query.visible()
             places.append(np.arange(row * width, row * width + n))
             token += n
-            held = query.sequence.pages[: -(-query.end // size)]
-            owner[held] = row
-            first[held] = np.arange(len(held)) * size
+            held = []
+            for index, page in enumerate(query.sequence.pages[: -(-query.end // size)]):
+                part = page
+                if page in taken:
+                    part = pages + len(shared)
+                    shared.append(page)
+                    owner.append(0)
+                    first.append(0)
+                taken.add(page)
+                owner[part], first[part] = row, index * size
+                held.append(part)
             table[row] = held[0]  # absent ones have weight 0; another sequence's NaN would not be stopped by that
             table[row, : len(held)] = held
             absent[row, : len(held)] = False
             longest = max(longest, min(query.end, size))
+        owner, first = np.array(owner), np.array(first)
         self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
+        self.shared = self._tensor(np.array(shared)) if shared else None
         regular = token == rows * width  # every row full: packing is a reshape
         self.grid = None if regular else self._tensor(grid.ravel())
         self.places = None if regular else self._tensor(np.concatenate(places))
@@ -82,18 +95,18 @@ class SDPAttention:
         key = torch.arange(longest, device=self.device)
         hidden = None
         if plain:
-            seen = limit[owner] - first[:, None]  # (pages, width): keys of the page that the query sees
+            seen = limit[owner] - first[:, None]  # (parts, width): keys of the page that the query sees
             if (seen < longest).any():
                 hidden = key >= self._tensor(seen)[:, :, None]
         else:
-            shift = sight[:, owner] - first[:, None]  # (4, pages, width), counted from each page's first key
+            shift = sight[:, owner] - first[:, None]  # (4, parts, width), counted from each page's first key
             shift[3] = np.where(sight[3, owner] < 0, -1, shift[3])
             hidden = _hidden(self._tensor(shift)[..., None], key)
         if hidden is not None:
             # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
             mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
-            self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (pages, 1, width * groups, longest)
+            self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (parts, 1, width * groups, longest)
         if self.paged:
             self.owner, self.table = self._tensor(owner), self._tensor(table)
             self.absent = self._tensor(absent)[:, :, None, None]
@@ -148,7 +161,14 @@ class SDPAttention:
 
     def _merged(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over all pages of a row from the attention to each page by itself."""
-        out, weight = _partial(q.index_select(0, self.owner), k, v, mask)
+        q = q.index_select(0, self.owner)
+        if self.shared is None:
+            out, weight = _partial(q, k, v, mask)
+        else:
+            n, again = self.pages, (x.index_select(0, self.shared) for x in (k, v))
+            masks = (None, None) if mask is None else (mask[:n], mask[n:])
+            parts = (q[:n], k, v, masks[0]), (q[n:], *again, masks[1])
+            out, weight = (torch.cat(both) for both in zip(*(_partial(*part) for part in parts), strict=True))
         weight = weight[self.table].masked_fill_(self.absent, -torch.inf)  # (rows, most pages, kv_heads, queries)
         weight = weight.softmax(1)[..., None]
         return (out[self.table] * weight).sum(1).to(q.dtype)

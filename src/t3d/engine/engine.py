@@ -26,7 +26,8 @@ class Engine:
     cache page; None chooses. prefill_tokens: most prompt tokens one forward carries besides the blocks being denoised.
     fused: write a finished block's keys and values in the forward of the next block's first step (False: in one of its
     own, as a plain sampler does). attention: "sdpa" (portable) or "flex" (FlexAttention; for GPUs). cuda_graphs: replay
-    the forwards of steady decoding, with "flex" only; None: on a GPU.
+    the forwards of steady decoding, with "flex" only; None: on a GPU. prefix_cache: within a call, prompts and answers
+    that begin alike are computed once and kept while there is room.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Engine:
         fused: bool = True,
         attention: str = "sdpa",
         cuda_graphs: bool | None = None,
+        prefix_cache: bool = False,
     ):
         given = {
             "max_batch_size": max_batch_size,
@@ -62,7 +64,7 @@ class Engine:
             raise T3DError("the model's config has no mask_token_id; it is not a block-diffusion checkpoint")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.kv_cache_tokens, self.page_size = max_batch_size, kv_cache_tokens, page_size
-        self.memory_share = memory_share
+        self.memory_share, self.prefix_cache = memory_share, prefix_cache
         self.prefill_tokens, self.fused, self.attention = prefill_tokens, fused, attention
         on_gpu = attention == "flex" and model.device.type == "cuda"
         self.cuda_graphs = on_gpu if cuda_graphs is None else cuda_graphs
@@ -124,7 +126,8 @@ class Engine:
             "prefill_tokens": self.prefill_tokens,
             "fused": self.fused,
         }
-        return Session(self.runner, self.tokenizer, self.cache_size(requests), scheduling, self.stats)
+        size = self.cache_size(requests)
+        return Session(self.runner, self.tokenizer, size, scheduling, self.stats, self.prefix_cache)
 
     def _run(self, requests: list[Request], progress: bool) -> Iterator[Event]:
         session, waiting = self.open(requests), deque(requests)
@@ -151,7 +154,8 @@ class Engine:
         """(pages, positions per page). Raises T3DError if a request can never fit.
 
         Small pages, so that memory goes where the tokens are; but one page per sequence, which is a little faster,
-        where even the longest answers of all in flight would take little.
+        where even the longest answers of all in flight would take little. With the prefix cache, pages are small, since
+        whole ones are shared, and there is room for as many again as can be in flight.
         """
         if requests is None:
             longest = most = self.model.config.max_position_embeddings
@@ -163,11 +167,12 @@ class Engine:
         each = bytes_per_token(self.model)
         budget = self.kv_cache_tokens or int(free_memory(self.model.device) * self.memory_share) // each
         size = self.page_size or ATTENTION[self.attention].page_size
-        if size is None and longest * rows <= min(budget, _LITTLE // each):
+        if size is None and not self.prefix_cache and longest * rows <= min(budget, _LITTLE // each):
             size = longest
         elif size is None:  # and leaving no more of the budget unused than the longest request allows
-            size = next((n for n in (64, 32, 16, 8, 4, 2) if budget // n >= -(-most // n) + sides - 1), 1)
-        pages = min(budget // size, -(-longest // size) * rows)
+            sizes = (32, 16, 8, 4, 2) if self.prefix_cache else (64, 32, 16, 8, 4, 2)
+            size = next((n for n in sizes if budget // n >= -(-most // n) + sides - 1), 1)
+        pages = min(budget // size, -(-longest // size) * rows * (2 if self.prefix_cache else 1))
         for request in requests or ():
             check_fits(request, pages, size)
         return pages, size

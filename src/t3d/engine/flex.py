@@ -18,27 +18,34 @@ from t3d.engine.request import Query
 _TILE = 128  # queries per tile
 
 
+def in_order(queries: list[Query]) -> list[Query]:
+    """Ordered so that those who hold a page are neighbours: who holds one also holds all pages before it."""
+    return sorted(queries, key=lambda query: query.sequence.pages)
+
+
 def page_plan(cache: KVCache, queries: list[Query], tokens: int, pages: int) -> dict[str, np.ndarray]:
     """Which pages each tile of queries reads, and what each query may see there; int64, padded to `tokens` and `pages`.
 
-    counts (tiles,), indices (tiles, pages): the pages of a tile. owner (pages,): the query that a page belongs to, -1
-    for none; first (pages,): place of its first key. query_of (tokens,): the query of each token, -2 for padding,
-    which sees nothing; sight (4, tokens): what it sees of the places of its sequence, see `t3d.blocks.visible`.
+    queries: `in_order`. counts (tiles,), indices (tiles, pages): the pages of a tile. holders (2, pages): the first and
+    the last query that holds a page, 0 and -1 for none; first (pages,): place of its first key. query_of (tokens,): the
+    query of each token, -2 for padding, which sees nothing; sight (4, tokens): what it sees of the places of its
+    sequence, see `t3d.blocks.visible`.
     """
     size, tiles = cache.page_size, -(-tokens // _TILE)
     plan = {
         "counts": np.zeros(tiles, dtype=np.int64),
         "indices": np.zeros((tiles, pages), dtype=np.int64),
-        "owner": np.full(pages, -1, dtype=np.int64),
+        "holders": np.repeat(np.array([[0], [-1]]), pages, axis=1),
         "first": np.zeros(pages, dtype=np.int64),
         "query_of": np.full(tokens, -2, dtype=np.int64),
         "sight": np.zeros((4, tokens), dtype=np.int64),
     }
-    reads: list[list[int]] = [[] for _ in range(tiles)]
+    reads: list[set[int]] = [set() for _ in range(tiles)]
     token = 0
     for number, query in enumerate(queries):
         held = query.sequence.pages[: -(-query.end // size)]
-        plan["owner"][held] = number
+        new = np.asarray(held)[plan["holders"][1, held] < 0]
+        plan["holders"][0, new], plan["holders"][1, held] = number, number
         plan["first"][held] = np.arange(len(held)) * size
         mine = slice(token, token + query.length)
         plan["query_of"][mine] = number
@@ -47,7 +54,7 @@ def page_plan(cache: KVCache, queries: list[Query], tokens: int, pages: int) -> 
         else:
             plan["sight"][:, mine] = query.visible()
         for tile in range(token // _TILE, (mine.stop - 1) // _TILE + 1):
-            reads[tile] += held
+            reads[tile].update(held)
         token = mine.stop
     for tile, held in enumerate(reads):
         plan["indices"][tile, : len(held)] = sorted(held)
@@ -60,16 +67,16 @@ class PagedFlex:
 
     def __init__(self, cache: KVCache, plan: dict[str, Tensor], groups: int, steady: bool = False):
         self.cache, self.grouped, self.steady = cache, groups > 1, steady
-        size, owner, first = cache.page_size, plan["owner"], plan["first"]
-        query_of = plan["query_of"]
+        size, first, query_of = cache.page_size, plan["first"], plan["query_of"]
+        one, last = plan["holders"]
         low, start, end, hole = plan["sight"]
-        self.keys = len(owner) * size
+        self.keys = len(first) * size
 
         def sees(row, head, q, k):
             page = k // size
             place = first[page] + k % size
             seen = (place < low[q]) | ((place >= start[q]) & (place < end[q]))
-            return (owner[page] == query_of[q]) & seen & (place != hole[q])
+            return (one[page] <= query_of[q]) & (query_of[q] <= last[page]) & seen & (place != hole[q])
 
         self.mask = BlockMask.from_kv_blocks(
             plan["counts"].to(torch.int32)[None, None],
@@ -94,8 +101,8 @@ class FlexAttention(PagedFlex):
     page_size = 128  # a page is a tile of keys
 
     def __init__(self, cache: KVCache, queries: list[Query], groups: int, dtype: torch.dtype):
-        self.order = queries
-        plan = page_plan(cache, queries, sum(q.length for q in queries), cache.used_pages)
+        self.order = in_order(queries)
+        plan = page_plan(cache, self.order, sum(q.length for q in queries), cache.used_pages)
         super().__init__(cache, {name: to_device(array, cache.data.device) for name, array in plan.items()}, groups)
 
 

@@ -42,6 +42,11 @@ class Request:
         return self.most_tokens + config.flying.scratch_blocks(config.policy) * config.block_size
 
     @property
+    def final_block(self) -> int:
+        """Tokens of the blocks in which final tokens see each other."""
+        return 1 if self.config.flying.causal else self.config.block_size
+
+    @property
     def guided(self) -> bool:
         """Whether it is decoded with a companion."""
         return self.config.guidance_scale > 0
@@ -114,12 +119,6 @@ class Query:
         return any(segment.rule is Rule.NEXT for segment in self.segments)
 
     @cached_property
-    def final_block(self) -> int:
-        """Tokens of the blocks in which final tokens see each other."""
-        config = self.sequence.request.config
-        return 1 if config.flying.causal else config.block_size
-
-    @cached_property
     def steady(self) -> bool:
         """Whether it is no longer than a forward of steady decoding, so that shapes repeat."""
         config = self.sequence.request.config
@@ -154,14 +153,15 @@ class Query:
         origin, block = self.sequence.origin, self.sequence.request.config.block_size
         place = np.arange(self.start, self.end)
         limits = block_end(place + origin, block) - origin
-        if self.final_block != block:
+        if self.sequence.request.final_block != block:
             limits[: self.final - self.start] = place[: self.final - self.start] + 1
         return limits
 
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
-        block, position = self.sequence.request.config.block_size, self.start + self.sequence.origin
-        final = visible(Rule.BLOCK, 0, self.start, position, self.final - self.start, self.final_block)
+        request, position = self.sequence.request, self.start + self.sequence.origin
+        block = request.config.block_size
+        final = visible(Rule.BLOCK, 0, self.start, position, self.final - self.start, request.final_block)
         parts, place = [final], self.final
         parts[0][1] = 0  # from the beginning
         places = {}
@@ -189,8 +189,11 @@ class Sequence:
     revisions: np.ndarray = field(init=False)  # int64 (most_tokens,)
     origin: ClassVar[int] = 0  # position of its first token
     base: int = field(init=False)
+    weights: int = 0  # version of the weights it began with
     cached: int = 0  # places whose keys and values in the cache are final
+    hit: int = 0  # of the prompt's, those that it did not compute
     ended: bool = False
+    failed: bool = False
     pages: list[int] = field(default_factory=list)
     prefill: int = 0
     denoise: int = 0
@@ -221,6 +224,11 @@ class Sequence:
     @property
     def most_places(self) -> int:
         return self.request.most_places
+
+    @property
+    def root(self) -> tuple[int, int, int]:
+        """All that the keys of its final tokens depend on beside the tokens up to their blocks' end."""
+        return self.weights, self.request.final_block, self.origin
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Its final tokens at these places, int64."""
@@ -264,6 +272,8 @@ class Sequence:
 
     def advance(self, query: Query) -> None:
         """Account for a forward: what it wrote to the cache of final tokens is final."""
+        if not self.preemptions:
+            self.hit += max(0, min(query.start, self.request.prompt_blocks_end) - self.cached)
         self.count(query, query.start < self.request.prompt_blocks_end)
         self.cached = query.final
 
@@ -348,6 +358,14 @@ class Companion:
     @property
     def ended(self) -> bool:
         return self.sequence.ended
+
+    @property
+    def failed(self) -> bool:
+        return self.sequence.failed
+
+    @property
+    def root(self) -> tuple[int, int, int]:
+        return self.sequence.weights, self.request.final_block, self.origin
 
     @property
     def base(self) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t3d.engine.attention import SDPAttention, to_device
-from t3d.engine.flex import FlexAttention
+from t3d.engine.flex import FlexAttention, in_order
 from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Query
@@ -44,7 +44,16 @@ class Runner:
         _, self.kv_heads, self.head_dim = cache_shape(model.config)
         self.groups = self.heads // self.kv_heads
         self.eps = model.config.rms_norm_eps
+        self._seen: list[tuple[int, int]] = []
+        self._version = 0
         self.refresh()
+
+    def version(self) -> int:
+        """Another number than before whenever the weights may have changed since; writing to `.data` goes unnoticed."""
+        now = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        if now != self._seen:
+            self._seen, self._version = now, self._version + 1
+        return self._version
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -109,7 +118,7 @@ class Runner:
         """
         steady = self.graphs and is_steady(queries)
         attention = None if steady else self.attention(cache, queries, self.groups, self.dtype)
-        order = queries if steady else attention.order
+        order = in_order(queries) if steady else attention.order
         offset, token = {}, 0
         for query in order:
             offset[id(query)] = token
@@ -122,7 +131,7 @@ class Runner:
         if steady:
             if self._steps is None or self._steps.cache is not cache:
                 self._steps = StepGraphs(self, cache)
-            return self._steps(queries, packed, select)
+            return self._steps(order, packed, select)
         return self.compute(cache, attention, *to_device(packed, self.device), to_device(select, self.device))
 
     def compute(

@@ -3,7 +3,8 @@
 from collections import deque
 
 from t3d.blocks import block_start
-from t3d.engine.kv_cache import KVCache
+from t3d.decoding.flight import Segment
+from t3d.engine.kv_cache import KVCache, Side
 from t3d.engine.request import Query, Sequence
 
 
@@ -13,7 +14,8 @@ class Scheduler:
     A sequence is admitted when the cache holds its prompt and first block, with a page to spare for every running
     sequence that can still grow. When a running one cannot grow, the youngest yields: its pages are freed and it waits
     in front, to be recomputed from its tokens. The oldest therefore always advances, and nothing is dropped. A guided
-    sequence and its companion come, grow and go together.
+    sequence and its companion come, grow and go together. With the prefix cache, a sequence begins where the pages that
+    it shares are filled, or will be by the queries before its own in the same forward.
     """
 
     def __init__(self, cache: KVCache, max_batch_size: int, prefill_tokens: int, fused: bool):
@@ -23,6 +25,7 @@ class Scheduler:
         self.fused = fused
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self._coming: dict[int, int] = {}  # page -> places of it that are final after the forward being planned
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -39,6 +42,7 @@ class Scheduler:
         self._admit()
         self.cache.compact()
         queries, companions, budget = [], [], self.prefill_tokens
+        self._coming = {}
         for sequence in self.running:
             for query in self._queries(sequence, budget):
                 (queries if query.sequence is sequence else companions).append(query)
@@ -62,8 +66,13 @@ class Scheduler:
         can_grow = sum(map(self._can_grow, self.running))
         while self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
+            for side in sequence.sides:
+                self.cache.attach(side)
             if not self._grow(sequence, spare=can_grow):
+                self._release(sequence)
                 break
+            for side in sequence.sides:
+                self.cache.publish(side)
             can_grow += self._can_grow(sequence)
             self.running.append(self.waiting.popleft())
 
@@ -92,14 +101,24 @@ class Scheduler:
         Its companion does the same in the same forward; while only one of them has a prompt left to read, it alone.
         """
         block, sides = sequence.request.config.block_size, sequence.sides
-        pending = [side.base - side.cached for side in sides]
+        pending = [side.base - self._reach(side) for side in sides]
         if not any(pending) or (self.fused and sum(self._cost(sequence, n) for n in pending) <= budget):
-            return [Query(side, side.cached, side.base, side.asked, side is sequence) for side in sides]
+            return [self._query(side, side.base, side.asked, counted=side is sequence) for side in sides]
         queries: list[Query] = []
-        for side, left in zip(sides, pending, strict=True):
+        for side in sides:
+            start = self._reach(side)
+            left = side.base - start
             if left == 0 or (budget <= 0 and left > block):
                 continue
-            whole = block_start(budget, block) + block - (side.cached + side.origin) % block
-            queries.append(Query(side, side.cached, side.cached + min(left, whole), [], not queries))
+            whole = block_start(budget, block) + block - (start + side.origin) % block
+            queries.append(self._query(side, start + min(left, whole), [], counted=not queries))
             budget -= self._cost(sequence, min(left, whole))
         return queries
+
+    def _reach(self, side: Side) -> int:
+        return self.cache.reach(side, self._coming)
+
+    def _query(self, side: Side, final: int, segments: list[Segment], counted: bool) -> Query:
+        query = Query(side, self._reach(side), final, segments, counted)
+        self._coming |= self.cache.extents(query)
+        return query

@@ -32,6 +32,7 @@ class FinishedEvent:
     index: int
     sample: int
     trajectory: Trajectory
+    cached: int = 0  # prompt tokens that it did not compute, since their keys were in the cache
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class EngineStats:
     tokens: int = 0  # of finished sequences
     forwards: int = 0  # of the model, whatever the batch
     sequence_forwards: int = 0  # summed over the finished sequences: their NFE
+    cached_tokens: int = 0  # of prompts, not computed since their keys were in the cache
     preemptions: int = 0
     running: int = 0
     waiting: int = 0
@@ -86,18 +88,28 @@ class Session:
     Requests may be added and cancelled between steps, by the thread that steps.
     """
 
-    def __init__(self, runner: Runner, tokenizer, size: tuple[int, int], scheduling: dict, stats: EngineStats):
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer,
+        size: tuple[int, int],
+        scheduling: dict,
+        stats: EngineStats,
+        prefix_cache: bool = False,
+    ):
         self.runner, self.tokenizer, self.stats = runner, tokenizer, stats
         self.mask_id = runner.model.config.mask_token_id
         pages, page_size = size
         stats.kv_budget_tokens = pages * page_size
-        self.cache = KVCache(pages, page_size, *cache_shape(runner.model.config), runner.dtype, runner.device)
+        shape = cache_shape(runner.model.config)
+        self.cache = KVCache(pages, page_size, *shape, runner.dtype, runner.device, keep=prefix_cache)
         self.scheduler = Scheduler(self.cache, **scheduling)
 
     def add(self, request: Request, watch: bool = False) -> None:
         """`watch`: every denoising step gives a StepEvent. Raises T3DError if the cache can never hold the request."""
         check_fits(request, self.cache.num_pages, self.cache.page_size)
-        self.scheduler.add(Sequence(request, self.mask_id, watch))
+        weights = self.runner.version() if self.cache.keep else 0
+        self.scheduler.add(Sequence(request, self.mask_id, watch, weights=weights))
 
     def cancel(self, index: int) -> None:
         """Drop all samples of the request, running or waiting; their pages are free at once and no event follows."""
@@ -122,7 +134,9 @@ class Session:
         values = self.runner.forward(self.cache, queries + companions)
         denoising, count, guided = [], 0, []
         for query in queries:
+            hit = query.sequence.hit
             query.sequence.advance(query)
+            self.stats.cached_tokens += query.sequence.hit - hit
             first = count
             for segment in query.segments:
                 segment.rows, count = number(segment, count)
@@ -132,6 +146,7 @@ class Session:
                     guided.append((first, count, query.sequence.request.config.guidance_scale))
         for query in companions:
             query.sequence.advance(query)
+        self.cache.wrote(queries + companions)
         logits = Logits(guide(values, count, guided) if guided else values, self.mask_id)
         events: list[Event] = []
         going, answer, failures = denoising, logits, []
@@ -167,6 +182,7 @@ class Session:
         return events
 
     def _fail(self, sequence: Sequence, error: T3DError) -> FailedEvent:
+        sequence.failed = True
         self.scheduler.remove(sequence)
         return FailedEvent(sequence.request.index, sequence.request.sample, error)
 
@@ -189,7 +205,7 @@ class Session:
             if self.tokenizer is not None:
                 text = self.tokenizer.decode(sequence.tokens[prompt : prompt + length], skip_special_tokens=True)
             trajectory = sequence.trajectory(block.end, length, reason, text)
-            return [*events, FinishedEvent(request.index, request.sample, trajectory)]
+            return [*events, FinishedEvent(request.index, request.sample, trajectory, sequence.hit)]
         return events
 
     def _count(self, events: list[Event]) -> None:

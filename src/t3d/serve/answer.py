@@ -34,6 +34,7 @@ class Choice:
             self._taken += len(event.token_ids)
             return self.text.push(event.token_ids), event.token_ids, event.step_map
         t = self.trajectory = event.trajectory
+        self.cached = event.cached
         self.seconds = time.perf_counter() - self.start
         ids = t.response_ids[first : t.length]
         return self.text.push(ids) + self.text.finish(), ids, t.step_map[first : t.length]
@@ -98,8 +99,16 @@ class Answer:
     def usage(self) -> dict:
         prompts = {r.index: len(r.prompt_ids) for r in self.job.requests}
         prompt = sum(prompts.values())
+        cached: dict[int, int] = {}  # a prompt counts once, and its samples share it
+        for (index, _), choice in self.choices.items():
+            cached[index] = min(cached.get(index, choice.cached), choice.cached)
         completion = sum(c.trajectory.length for c in self.choices.values())
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+        }
 
     async def _events(self) -> AsyncIterator[tuple[Choice, Event]]:
         """Raises ApiError when a sequence fails or the time is up."""
