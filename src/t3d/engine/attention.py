@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Query
+from t3d.engine.query import Query
 
 _FAR = np.iinfo(np.int64).max // 2
 

@@ -1,31 +1,15 @@
 """Policies decide on a batch of block rows: a token is drawn for each place that was asked; what is lawful is done."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from t3d.decoding.flight import Row
-from t3d.decoding.laws import lawful
+from t3d.decoding.laws import Lawful, lawful
 from t3d.decoding.policy import ENTROPY, FILLED, SHADOW, STOP, UNIFORM, Knobs, Policy, View, step_quota
 from t3d.decoding.sampling import sample, uniform
 from t3d.engine.request import Sequence
 from t3d.errors import T3DError
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One denoising step of a block of a watched sequence. Places count from the response's start; a token that is the
-    mask's id was taken back. Those of one forward have the same `forward`, which counts from 1."""
-
-    index: int
-    sample: int
-    step: int
-    places: list[int]
-    token_ids: list[int]
-    confidence: list[float]
-    forward: int
 
 
 class Logits:
@@ -43,22 +27,8 @@ class Logits:
         return self.values[torch.from_numpy(index).to(self.values.device)]
 
 
-def guide(values: Tensor, count: int, guided: list[tuple[int, int, float]]) -> Tensor:
-    """Classifier-free guidance: the first `count` rows of a forward's logits, changed in place where guided.
-
-    values: float32 (n, vocab); those from `count` on are of the companions. guided: (first, end, scale) of the rows
-    that each companion's rows belong to, in order. With c and u the logits with and without the question,
-    `u + (scale + 1) * (c - u)` (LLaDA, arXiv 2502.09992).
-    """
-    index = torch.cat([torch.arange(first, end) for first, end, _ in guided]).to(values.device)
-    scale = torch.cat([torch.full((end - first, 1), scale) for first, end, scale in guided]).to(values.device)
-    c, u = values[index], values[count:]
-    values[index] = u + (scale + 1) * (c - u)
-    return values[:count]
-
-
-def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> list[tuple[Sequence, T3DError]]:
-    """Let each row's policy decide, and change the rows' blocks in place. What watched sequences see goes to `events`.
+def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Sequence, T3DError]]:
+    """Let each row's policy decide, and change the rows' blocks in place.
 
     Only what was drawn comes to the host: token, confidence, perhaps entropy of each place. Returns the sequences whose
     logits are not numbers, each with an error that names it; what is done to those is worthless, the others are not
@@ -82,7 +52,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits, events: list) -> li
         batch.keep(kind, mine, memory)
         for place, number in enumerate(mine):
             if id(rows[number][0]) not in failed:
-                _apply(*rows[number], place, chosen, some, events)
+                _apply(*rows[number], place, chosen, some)
     return batch.failures
 
 
@@ -99,6 +69,8 @@ class _Batch:
         where = self.grid([row.logits for _, row in rows], -1)
         self.line, self.column = (where >= 0).nonzero()
         self.index = where[self.line, self.column]
+        self._line = torch.from_numpy(self.line)
+        self._flat = torch.from_numpy(self.line * self.width + self.column)
         self.failures: list[tuple[Sequence, T3DError]] = []
         self.memories: dict[type[Policy], dict[str, Tensor]] = {}
 
@@ -120,8 +92,6 @@ class _Batch:
 
     def view(self) -> View:
         configs, needs = self.configs, frozenset().union(*(s.policy.needs for s in self.sequences))
-        self._line = torch.from_numpy(self.line)
-        self._flat = torch.from_numpy(self.line * self.width + self.column)
         tokens = self.grid([b.tokens for b in self.blocks], 0)
         fixed = self.grid([b.fixed for b in self.blocks], True)
         masked = self.grid([s.window(b) for s, b in zip(self.sequences, self.blocks, strict=True)], False)
@@ -257,7 +227,7 @@ class _Batch:
                 block.memory[name] = memory[name][line] if m.shape == "row" else memory[name][line, : len(block.tokens)]
 
 
-def _apply(sequence: Sequence, row: Row, line: int, chosen, view: View, events: list) -> None:
+def _apply(sequence: Sequence, row: Row, line: int, chosen: Lawful, view: View) -> None:
     """Change the row's block as `chosen` says in its line."""
     block = row.block
     size = len(block.tokens)
@@ -278,12 +248,6 @@ def _apply(sequence: Sequence, row: Row, line: int, chosen, view: View, events: 
         block.confidence[places] = 0.0
         block.revisions[places] += 1
         changed = np.concatenate([changed, places])
-    block.step_map[changed] = block.step
     block.changed = len(changed) > 0
-    if sequence.watched and not row.draft and block.changed:
-        changed = np.sort(changed)
-        at = block.start + changed - len(sequence.request.prompt_ids)
-        tokens, confidence = block.tokens[changed].tolist(), block.confidence[changed].tolist()
-        about = (sequence.request.index, sequence.request.sample, block.step)
-        events.append(StepEvent(*about, at.tolist(), tokens, confidence, sequence.denoise + sequence.verify))
-    block.step += block.changed
+    if block.changed:
+        sequence.record(block, changed, draft=row.draft)

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from t3d.engine.attention import to_device
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Query
+from t3d.engine.query import Query
 
 _TILE = 128  # queries per tile
 

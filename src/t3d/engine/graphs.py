@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t3d.engine.flex import PagedFlex, page_plan
 from t3d.engine.kv_cache import KVCache
-from t3d.engine.request import Query
+from t3d.engine.query import Query
 
 
 def is_steady(queries: list[Query]) -> bool:

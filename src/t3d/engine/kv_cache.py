@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from t3d.blocks import block_end
-from t3d.engine.request import Companion, Query, Sequence
+from t3d.engine.guidance import Companion
+from t3d.engine.query import Query
+from t3d.engine.request import Sequence
 
 _NUMPY_OF_SIZE = {2: np.int16, 4: np.int32, 8: np.int64}
 Side = Sequence | Companion

@@ -1,16 +1,19 @@
 """What was asked for, and how far it has come."""
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from t3d.blocks import Rule, block_end, block_start, visible, whole_blocks
+from t3d.blocks import block_start, whole_blocks
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.flight import Block, Segment
 from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory
+
+if TYPE_CHECKING:
+    from t3d.engine.guidance import Companion
+    from t3d.engine.query import Query
 
 
 @dataclass(frozen=True)
@@ -89,94 +92,6 @@ class Request:
 
 
 @dataclass(eq=False)
-class Query:
-    """Consecutive places of one sequence in one forward: final tokens `start .. final` that the cache lacks, and the
-    segments that the sequence's flight asks for, in the places behind them.
-
-    Prefill, commit and denoise are the same work; with `segments` the forward denoises.
-    """
-
-    sequence: "Sequence | Companion"
-    start: int
-    final: int
-    segments: list[Segment]
-    counted: bool = True  # this forward of the sequence is not counted by another query
-
-    @cached_property
-    def end(self) -> int:
-        return self.final + sum(map(len, self.segments))
-
-    @property
-    def length(self) -> int:
-        return self.end - self.start
-
-    @property
-    def denoise(self) -> bool:
-        return bool(self.segments)
-
-    @property
-    def verify(self) -> bool:
-        return any(segment.rule is Rule.NEXT for segment in self.segments)
-
-    @cached_property
-    def steady(self) -> bool:
-        """Whether it is no longer than a forward of steady decoding, so that shapes repeat."""
-        config = self.sequence.request.config
-        return self.final - self.start <= (config.flying.most_final if self.segments else 2) * config.block_size
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether every token sees all places up to the end of its block, and has the position of its place."""
-        return not self.segments or (len(self.segments) == 1 and self.segments[0].rule is Rule.BLOCK)
-
-    def ids(self) -> list[np.ndarray]:
-        return [self.sequence.read(self.start, self.final), *(s.ids for s in self.segments)]
-
-    def positions(self) -> list[np.ndarray]:
-        """Of the text; the places in the cache, counted from the origin, but for segments behind the first."""
-        origin = self.sequence.origin
-        if self.plain:
-            return [np.arange(self.start + origin, self.end + origin)]
-        final = np.arange(self.start + origin, self.final + origin)
-        return [final, *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
-
-    def wanted(self) -> np.ndarray:
-        """Which of its tokens' logits are wanted, int64, counted from its first token."""
-        parts, first = [], self.final - self.start
-        for segment in self.segments:
-            parts.append(segment.want.nonzero()[0] + first)
-            first += len(segment)
-        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else NOTHING
-
-    def limits(self) -> np.ndarray:
-        """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
-        origin, block = self.sequence.origin, self.sequence.request.config.block_size
-        place = np.arange(self.start, self.end)
-        limits = block_end(place + origin, block) - origin
-        if self.sequence.request.final_block != block:
-            limits[: self.final - self.start] = place[: self.final - self.start] + 1
-        return limits
-
-    def visible(self) -> np.ndarray:
-        """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
-        request, position = self.sequence.request, self.start + self.sequence.origin
-        block = request.config.block_size
-        final = visible(Rule.BLOCK, 0, self.start, position, self.final - self.start, request.final_block)
-        parts, place = [final], self.final
-        parts[0][1] = 0  # from the beginning
-        places = {}
-        for segment in self.segments:
-            of = 0 if segment.of is None else places[id(segment.of)]
-            parts.append(visible(segment.rule, self.final, place, segment.start, len(segment), block, of))
-            places[id(segment)] = place
-            place += len(segment)
-        return np.concatenate(parts, axis=1)
-
-
-NOTHING = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(eq=False)
 class Sequence:
     """A request and its state. Positions before `base` are final; what is in flight belongs to the flight."""
 
@@ -211,10 +126,10 @@ class Sequence:
         self.base = self.request.prompt_blocks_end
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
-        self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # commits, if watched, not yet told
+        self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # steps, if watched, not yet told
         self.turns = self.request.config.flying.run(self)
         self.asked: list[Segment] = next(self.turns)
-        self.sides = (self, Companion(self)) if self.request.guided else (self,)  # what has pages of the cache
+        self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
 
     @property
     def places(self) -> int:
@@ -256,10 +171,16 @@ class Sequence:
     def commit_at(self, block: Block, places: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
         """A step of a flight that decides for itself. places: int64 (n,), masks of the block, n >= 1; tokens: int64
         (n,), never the mask's id; confidence: float32 (n,)."""
-        block.tokens[places], block.confidence[places], block.step_map[places] = tokens, confidence, block.step
-        if self.watched:
-            at = block.start + places - len(self.request.prompt_ids)
-            self.told.append((block.step, at.tolist(), tokens.tolist(), confidence.tolist()))
+        block.tokens[places], block.confidence[places] = tokens, confidence
+        self.record(block, places)
+
+    def record(self, block: Block, places: np.ndarray, draft: bool = False) -> None:
+        """A step has changed these places of the block, int64 (n,), n >= 1. draft: nobody is told."""
+        block.step_map[places] = block.step
+        if self.watched and not draft:
+            places = np.sort(places)
+            at = (block.start + places - len(self.request.prompt_ids)).tolist()
+            self.told.append((block.step, at, block.tokens[places].tolist(), block.confidence[places].tolist()))
         block.step += 1
 
     def finish(self, block: Block) -> None:
@@ -270,14 +191,14 @@ class Sequence:
         self.base = block.end
         self.finished.append(block)
 
-    def advance(self, query: Query) -> None:
+    def advance(self, query: "Query") -> None:
         """Account for a forward: what it wrote to the cache of final tokens is final."""
         if not self.preemptions:
             self.hit += max(0, min(query.start, self.request.prompt_blocks_end) - self.cached)
         self.count(query, query.start < self.request.prompt_blocks_end)
         self.cached = query.final
 
-    def count(self, query: Query, prefill: bool) -> None:
+    def count(self, query: "Query", prefill: bool) -> None:
         """A forward more."""
         if query.verify:
             self.verify += 1
@@ -325,82 +246,3 @@ class Sequence:
             text=text,
             sample=self.request.sample,
         )
-
-
-@dataclass(eq=False)
-class Companion:
-    """The other condition of a guided sequence: another prompt, the same response in every forward, pages of its own.
-
-    Its prompt is masked or a negative one, which may be of another length. So that the response lies in blocks as the
-    sequence's does, its first token has a position inside the first block, `origin`; places count from that token. All
-    that a sequence is asked about a query, a companion is too.
-    """
-
-    sequence: Sequence
-    prompt: np.ndarray = field(init=False)  # int64
-    origin: int = field(init=False)
-    shift: int = field(init=False)  # places of the response, counted from the sequence's
-    cached: int = 0
-    pages: list[int] = field(default_factory=list)
-
-    def __post_init__(self):
-        request = self.request
-        self.prompt = np.full(request.companion_length, self.sequence.mask_id, dtype=np.int64)
-        if request.negative_ids is not None:
-            self.prompt[:] = request.negative_ids
-        self.origin = request.companion_origin
-        self.shift = request.companion_length - len(request.prompt_ids)
-
-    @property
-    def request(self) -> Request:
-        return self.sequence.request
-
-    @property
-    def ended(self) -> bool:
-        return self.sequence.ended
-
-    @property
-    def failed(self) -> bool:
-        return self.sequence.failed
-
-    @property
-    def root(self) -> tuple[int, int, int]:
-        return self.sequence.weights, self.request.final_block, self.origin
-
-    @property
-    def base(self) -> int:
-        """Places that are final. A prompt shorter than the sequence's begins inside its first block not final."""
-        return max(0, self.sequence.base + self.shift)
-
-    @property
-    def asked(self) -> list[Segment]:
-        """The sequence's, with this prompt in the place of its own; what lies before the origin is left out."""
-        mirrored: dict[int, Segment] = {}
-        for segment in self.sequence.asked:
-            place = segment.start + self.shift
-            cut = min(max(0, -place), len(segment))
-            place += cut
-            ids, want = segment.ids[cut:].copy(), segment.want[cut:]
-            own = self.prompt[place : place + len(ids)]
-            ids[: len(own)] = own
-            of = None if segment.of is None else mirrored[id(segment.of)]
-            mirrored[id(segment)] = replace(segment, start=place + self.origin, ids=ids, want=want, of=of, rows=None)
-        return list(mirrored.values())
-
-    @property
-    def places(self) -> int:
-        return self.base + sum(map(len, self.asked))
-
-    @property
-    def most_places(self) -> int:
-        return self.request.most_each[1]
-
-    def read(self, start: int, end: int) -> np.ndarray:
-        n = len(self.prompt)
-        response = self.sequence.tokens[max(start, n) - self.shift : max(end, n) - self.shift]
-        return np.concatenate([self.prompt[start:end], response])
-
-    def advance(self, query: Query) -> None:
-        if query.counted:
-            self.sequence.count(query, query.start < self.request.prompt_blocks_end + self.shift)
-        self.cached = query.final

@@ -16,7 +16,7 @@ from t3d.engine.attention import SDPAttention, to_device
 from t3d.engine.flex import FlexAttention, in_order
 from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape
-from t3d.engine.request import Query
+from t3d.engine.query import Query
 
 ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
 _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side

@@ -5,7 +5,8 @@ from collections import deque
 from t3d.blocks import block_start
 from t3d.decoding.flight import Segment
 from t3d.engine.kv_cache import KVCache, Side
-from t3d.engine.request import Query, Sequence
+from t3d.engine.query import Query
+from t3d.engine.request import Sequence
 
 
 class Scheduler:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from t3d.decoding.flight import Row, Segment
-from t3d.engine.decide import Logits, StepEvent, decide, guide
+from t3d.engine.decide import Logits, decide
+from t3d.engine.guidance import Companion, guide
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.request import Request, Sequence
 from t3d.engine.runner import Runner
@@ -33,6 +34,20 @@ class FinishedEvent:
     sample: int
     trajectory: Trajectory
     cached: int = 0  # prompt tokens that it did not compute, since their keys were in the cache
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One denoising step of a block of a watched sequence. Places count from the response's start; a token that is the
+    mask's id was taken back. Those of one forward have the same `forward`, which counts from 1."""
+
+    index: int
+    sample: int
+    step: int
+    places: list[int]
+    token_ids: list[int]
+    confidence: list[float]
+    forward: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,10 @@ class Session:
         """`watch`: every denoising step gives a StepEvent. Raises T3DError if the cache can never hold the request."""
         check_fits(request, self.cache.num_pages, self.cache.page_size)
         weights = self.runner.version() if self.cache.keep else 0
-        self.scheduler.add(Sequence(request, self.mask_id, watch, weights=weights))
+        sequence = Sequence(request, self.mask_id, watch, weights=weights)
+        if request.guided:
+            sequence.sides = (sequence, Companion(sequence))
+        self.scheduler.add(sequence)
 
     def cancel(self, index: int) -> None:
         """Drop all samples of the request, running or waiting; their pages are free at once and no event follows."""
@@ -164,7 +182,7 @@ class Session:
                     rows += [(sequence, row) for row in asked]
                 else:
                     sequence.asked = asked
-            failures += decide(rows, logits, events) if rows else []
+            failures += decide(rows, logits) if rows else []
             if failures and not isolate:
                 raise failures[0][1]
             events += [self._fail(sequence, error) for sequence, error in failures]
