@@ -7,17 +7,16 @@ knows nothing of what the values mean.
 import dataclasses
 import json
 import textwrap
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from t3d.decoding import DecodingConfig
@@ -26,6 +25,7 @@ from t3d.errors import T3DError, nearest
 from t3d.evaluation import EvalConfig
 from t3d.report.config import ReportConfig
 from t3d.tasks import TaskConfig
+from t3d.typed import PYDANTIC, taken, type_name
 
 
 def _help(text: str, **kwargs):
@@ -125,7 +125,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain values, as in YAML."""
-        plain = TypeAdapter(dict, config=_PYDANTIC).dump_python(dataclasses.asdict(self), mode="json")
+        plain = TypeAdapter(dict, config=PYDANTIC).dump_python(dataclasses.asdict(self), mode="json")
         return json.loads(json.dumps(plain))
 
     def to_yaml(self) -> str:
@@ -174,7 +174,6 @@ MOVED = {  # keys of earlier versions, and how to say it now
     ("eval", "risk"): "the grid: eval.grid=[{strategy: adaptive, risk: [.1, .2]}]",
     ("eval", "block_size"): "the grid: eval.grid=[{block_size: 8, steps: [8, 4]}]",
 }
-_PYDANTIC = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
 
 @dataclass(frozen=True)
@@ -195,18 +194,7 @@ class Key:
 
     def check(self, value, source: str):
         """`value` (as in YAML) as the key's type; raises T3DError with one line that names key, type and value."""
-        try:
-            return _adapter(self.section, self.name).validate_json(json.dumps(value), strict=True)
-        except (ValidationError, TypeError, ValueError) as error:
-            found = "null" if value is None else f"{value!r} ({type(value).__name__})"
-            raise T3DError(f"{source}: {self.dotted} must be {type_name(self.type)}, got {found}") from error
-
-
-@cache
-def _adapter(section: str, name: str) -> TypeAdapter:
-    annotation = keys(section)[name].type
-    settings = None if dataclasses.is_dataclass(annotation) else _PYDANTIC
-    return TypeAdapter(annotation, config=settings)
+        return taken(value, self.type, f"{source}: {self.dotted}")
 
 
 @cache
@@ -226,22 +214,6 @@ def keys(section: str = "") -> dict[str, Key]:
         before = f.metadata.get("before", default)
         found.append(Key(section, f.name, hints[f.name], default, text, own, before))
     return {key.name: key for key in sorted(found, key=lambda key: (key.name in inherited, not key.own))}
-
-
-def type_name(annotation) -> str:
-    """A type as a user writes it: `int or null`, `list of int`."""
-    if annotation is type(None):
-        return "null"
-    if get_origin(annotation) in (Union, types.UnionType):
-        names = sorted({type_name(a) for a in get_args(annotation)}, key=lambda name: name == "null")
-        return " or ".join(names)
-    if get_origin(annotation) in (list, tuple):
-        return f"list of {type_name(get_args(annotation)[0])}" if get_args(annotation) else "list"
-    if get_origin(annotation) is dict or annotation is dict:
-        return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, str):
-        return "str"  # an enumeration of transformers is written as its value
-    return getattr(annotation, "__name__", str(annotation).removeprefix("typing."))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -325,7 +325,7 @@ def test_any_setting_of_a_decode_on_the_command_line(t3d, tiny):
     for text, said in (
         ("flight=look_ahaed", "unknown flight 'look_ahaed' (did you mean 'look_ahead'?)"),
         ("depht=2", "unknown decoding setting 'depht' (did you mean 'depth'?)"),
-        ("depth=two", "setting depth cannot be 'two'; it is int"),
+        ("depth=two", "setting depth must be int, got 'two' (str)"),
         ("depth", "write settings as key=value"),
     ):
         done = t3d("generate", str(tiny), question, "--set", text)

@@ -176,7 +176,9 @@ def test_a_study_of_decoding_trains_nothing(t3d, write_recipe):
     for name in ("a", "b"):
         assert f"### `{name}`" in text
         assert (t3d.folder / f"results-study-{name}.svg").exists()
-    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "steps" in line]
+    tables, _, ahead = text.partition("### Exact look-ahead")
+    assert ahead.count("| 12 of 12 |") == 2  # both models, six problems for each of two seeds
+    lines = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ") and "steps" in line]
     rows = {(number // 3, cells[0].strip("| ")): cells for number, cells in enumerate(lines)}
     assert {setting for _, setting in rows} == {"2 steps", "2 steps, look-ahead 1", "4 steps, 2 blocks"}
     for model in (0, 1):

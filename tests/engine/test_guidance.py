@@ -17,7 +17,6 @@ from t3d.decoding.policy import POLICIES
 from t3d.decoding.sampling import uniform
 from t3d.engine import Engine, FailedEvent, FinishedEvent
 from t3d.engine.intake import make_requests
-from t3d.engine.request import Sequence
 from t3d.errors import T3DError
 from t3d.tasks import TaskConfig, get_task
 from tests.conftest import make_model
@@ -203,10 +202,11 @@ def test_off_there_is_no_companion(model):
     peak = engine.stats.kv_peak_tokens
     off = replace(plain, guidance_scale=0.0)
     assert [t.response_ids for t in engine.generate(prompts, off)] == [t.response_ids for t in want]
-    for request, sides in zip(
-        make_requests(prompts, [off, replace(off, guidance_scale=1.0)], None, None, model, None), (1, 2), strict=True
-    ):
-        assert len(Sequence(request, MASK).sides) == len(request.most_each) == sides
+    requests = make_requests(prompts, [off, replace(off, guidance_scale=1.0)], None, None, model, None)
+    session = engine.open(requests)
+    for request, sides in zip(requests, (1, 2), strict=True):
+        session.add(request)
+        assert len(session.scheduler.waiting[-1].sides) == len(request.most_each) == sides
     guided = engine.generate(prompts, replace(off, guidance_scale=1.0))
     assert engine.stats.kv_peak_tokens == 2 * peak
     assert [t.response_ids for t in guided] != [t.response_ids for t in want]

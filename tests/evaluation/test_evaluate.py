@@ -243,9 +243,33 @@ def test_what_a_policy_does_not_look_at_does_not_distinguish_settings():
         {"flight": "look_ahead", "depth": [1, 2]},
         {"blocks_in_flight": [2, 4], "enter": [0.1, 0.5]},
         {"window": 2, "stop": [["a"], ["b"]]},
+        {"guidance_scale": [0.5, 1.0], "confidence": "sampling"},
     ]
     found = [c.at(4).canonical() for c in EvalConfig(grid=every).settings(0)]
-    assert len({setting_name(c) for c in found}) == len(set(found)) == len(POLICIES) + 2 + 4 + 2
+    assert len({setting_name(c) for c in found}) == len(set(found)) == len(POLICIES) + 2 + 4 + 2 + 2
+    shown = [setting(summarise([], c, "model").to_dict()) for c in found]
+    assert len(set(shown)) == len(found), "rows must be told apart by their text"
+
+
+def test_answers_of_a_version_with_fewer_settings_are_continued(parts, tmp_path):
+    """What its settings lack was at its default; anything else is another decode, and refused."""
+    model, tokenizer, task, problems = parts
+    [row] = evaluate(model, tokenizer, task, problems[:2], STATIC[:1], output=tmp_path)
+    [shard] = (tmp_path / row.results).glob("*.parquet")
+
+    def rewrite(change):
+        table = pq.read_table(shard)
+        metadata = json.loads(table.schema.metadata[b"t3d"])
+        change(metadata["decoding"])
+        packed = table.schema.metadata | {b"t3d": json.dumps(metadata).encode()}
+        pq.write_table(table.replace_schema_metadata(packed), shard, write_page_checksum=True)
+
+    rewrite(lambda decoding: [decoding.pop(name) for name in ("window", "depth", "guidance_scale")])
+    [more] = evaluate(model, tokenizer, task, problems[:3], STATIC[:1], output=tmp_path)
+    assert (more.results, more.num_problems) == (row.results, 3)
+    rewrite(lambda decoding: decoding.update(window=2))
+    with pytest.raises(T3DError, match=r"decoding\.window"):
+        evaluate(model, tokenizer, task, problems[:3], STATIC[:1], output=tmp_path)
 
 
 def test_flights_have_rows_and_folders_of_their_own(parts, tmp_path):

@@ -1,19 +1,18 @@
 """How to decode: the settings a user chooses, checked when they are made."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cached_property
 from typing import get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from t3d.decoding import flights, policies
 from t3d.decoding.flight import FLIGHTS, Flight
 from t3d.decoding.policy import POLICIES, Policy, check_name, load_all
 from t3d.decoding.settings import check_value, merged, setting
 from t3d.errors import T3DError, nearest
+from t3d.typed import taken
 
 load_all(policies.__name__, "t3d.policies")
 load_all(flights.__name__, "t3d.flights")
@@ -27,10 +26,10 @@ def _help(text: str, **kwargs):
 class _General:
     """What every policy and flight takes. `None` means: take it from the model's folder (block size, stop ids)."""
 
-    block_size: int | None = _help("tokens per block; default: the model's own", default=None)
-    steps: int | None = _help("denoising steps per block, 1..block_size; default: block_size", default=None)
+    block_size: int | None = setting(None, "tokens per block; default: the model's own", low=1)
+    steps: int | None = setting(None, "denoising steps per block, 1..block_size; default: block_size", low=1)
     window: int | None = setting(
-        None, "commit in pieces of this many tokens, from left to right in the block; default: the whole block"
+        None, "commit in pieces of this many tokens, from left to right in the block; default: the whole block", low=1
     )
     strategy: str = _help(
         "unmasking strategy: which positions are committed at a step", default="low_confidence_static"
@@ -72,9 +71,6 @@ class _General:
             value = getattr(self, f.name)
             if value is not None and "low" in f.metadata:
                 check_value(f.name, value, f.metadata)
-        check(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, got {self.block_size}")
-        check(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        check(self.window is None or self.window >= 1, f"window must be at least 1, got {self.window}")
         check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         check(all(self.stop), "a stop string must not be empty")
         check(self.negative_prompt != "", "negative_prompt is empty; leave it out to mask the question")
@@ -101,6 +97,12 @@ class _General:
         if not self.policy.uses_steps:
             unused["steps"] = self.block_size
         return replace(self, **unused)
+
+    @classmethod
+    def others(cls) -> list[str]:
+        """Names of the settings that neither a policy nor a flight owns, and that tell settings of a grid apart."""
+        elsewhere = {"block_size", "strategy", "steps", "flight", "temperature", "seed", "max_tokens", "n"}
+        return [f.name for f in fields(cls) if f.name not in {*OWNED, *elsewhere}]
 
     def differing(self, names) -> dict:
         """Those of the named settings that are not at their defaults."""
@@ -156,9 +158,7 @@ def parse_settings(texts: Iterable[str]) -> dict:
             raise T3DError(f"unknown decoding setting {name!r}{nearest(name, hints)}")
         try:
             plain = yaml.safe_load(value)
-            found[name] = TypeAdapter(hints[name]).validate_json(json.dumps(plain), strict=True)
-        except (yaml.YAMLError, ValidationError, TypeError) as error:
-            raise T3DError(
-                f"setting {name} cannot be {value!r}; it is {getattr(hints[name], '__name__', hints[name])}"
-            ) from error
+        except yaml.YAMLError as error:
+            raise T3DError(f"setting {name}: {value!r} is not valid YAML") from error
+        found[name] = taken(plain, hints[name], f"setting {name}")
     return found

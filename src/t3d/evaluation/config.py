@@ -1,17 +1,15 @@
 """The `eval` section of a recipe: the grid of decode settings."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from t3d.decoding.calibration import load_decoding
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
+from t3d.typed import taken
 
 ELSEWHERE = {"n": "eval.samples", "seed": "eval.seeds", "max_tokens": "eval.max_tokens"}  # one value for the whole grid
 
@@ -88,7 +86,7 @@ def _expanded(item: dict, where: str) -> Iterator[dict]:
         several = isinstance(given, list | tuple) and not (takes_list and not any(isinstance(v, list) for v in given))
         if several and not given:
             raise T3DError(f"{where}: {name} is an empty list: give at least one value")
-        choices.append([_checked(name, value, annotation, where) for value in (given if several else [given])])
+        choices.append([taken(value, annotation, f"{where}: {name}") for value in (given if several else [given])])
     for values in product(*choices):
         yield dict(zip(item, values, strict=True))
 
@@ -97,11 +95,3 @@ def _expanded(item: dict, where: str) -> Iterator[dict]:
 def _types() -> dict[str, Any]:
     hints = get_type_hints(DecodingConfig)
     return {f.name: hints[f.name] for f in fields(DecodingConfig) if f.name not in ELSEWHERE}
-
-
-def _checked(name: str, value, annotation, where: str):
-    try:
-        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
-    except (ValidationError, TypeError, ValueError) as error:
-        kind = str(annotation) if get_origin(annotation) else getattr(annotation, "__name__", str(annotation))
-        raise T3DError(f"{where}: {name} must be {kind}, got {value!r}") from error

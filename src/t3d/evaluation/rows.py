@@ -50,7 +50,7 @@ class EvalRow:
     nfe_verify: float = 0.0
     flight: str = ""  # what a forward computes where it is not one block after the other: "2 blocks", "look-ahead 1"
     flight_settings: dict = field(default_factory=dict)  # the settings of that
-    window: int | None = None
+    other: dict = field(default_factory=dict)  # further settings that are not at their default, e.g. {"window": 2}
 
     def to_dict(self) -> dict:
         values = asdict(self)
@@ -86,7 +86,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         **_verdicts(problems),
         flight=config.flying.label,
         flight_settings={"flight": config.flight} | asdict(config.flying) if config.flying.label else {},
-        window=config.window,
+        other=config.differing(config.others()),
         tokps=None if knob or config.flying.label else tokps(config.block_size, config.steps),
         tpf=totals.tpf,
         tpf_all=totals.tpf_all,
@@ -131,10 +131,8 @@ def percent(value: float | None) -> str:
 
 def setting(row: dict) -> str:
     """A row's decode setting in a few words: `2 steps`, `dynamic 0.9`."""
-    end = "".join(
-        f", {part}" for part in (row.get("flight"), f"window {row['window']}" if row.get("window") else "") if part
-    )
-    return _policy(row) + end
+    more = [f"{name} {value}".replace("_", " ") for name, value in row.get("other", {}).items()]
+    return ", ".join(part for part in (_policy(row), row.get("flight"), *more) if part)
 
 
 def _policy(row: dict) -> str:

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from t3d.answers import Job, answers
-from t3d.decoding.config import OWNED, DecodingConfig
+from t3d.decoding.config import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
-from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter, read_metadata
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
 from t3d.trajectories.pieces import PIECES, Pieces
+from t3d.trajectories.schema import shards
 
 SAVE_SECONDS = 10.0  # a finished response waits about as long for the disk; a kill loses that, and what is in flight
 
@@ -102,6 +103,9 @@ def evaluate(
 def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> None:
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
+    if shards(folder):  # answers of a version that had fewer settings were made with these at their default
+        known = read_metadata(folder).get("decoding") or {}
+        settings = {k: v for k, v in settings.items() if k in known or k in config.differing([k])}
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
         done, total = writer.done(), len(problems) * config.n
         jobs = [
@@ -139,20 +143,15 @@ def setting_name(config: DecodingConfig) -> str:
         parts.append(f"steps{config.steps}")
     if speed is not None:
         parts.append(f"{speed.name}{getattr(policy, speed.name):g}")
-    own = [f.name for f in fields(policy) if f is not speed and f.name != (speed and speed.name)]
+    own = [f.name for f in fields(policy) if f != speed]
     parts += [f"{name}{_text(value)}" for name, value in config.differing(own).items()]
     if flight.label:
         parts += [config.flight, *(f"{f.name}{_text(getattr(flight, f.name))}" for f in fields(flight))]
-    general = [f.name for f in fields(config) if f.name not in (*OWNED, *NAMED, *NOT_NAMED)]
-    parts += [f"{name}{_text(value)}" for name, value in config.differing(general).items()]
+    parts += [f"{name}{_text(value)}" for name, value in config.differing(config.others()).items()]
     if config.temperature > 0:
         parts.append(f"temperature{config.temperature:g}")
     parts.append(f"seed{config.seed}")
     return "-".join(parts)
-
-
-NAMED = ("block_size", "strategy", "steps", "flight", "temperature", "seed")  # settings with a place in the name
-NOT_NAMED = ("max_tokens", "n")  # the same in the whole grid
 
 
 def _text(value) -> str:

@@ -29,8 +29,7 @@ def describe_student(run: RunFolder, recipe: Recipe) -> None:
     if best is not None:
         sampling = {"temperature": best["temperature"], "top_k": recipe.eval.top_k, "top_p": recipe.eval.top_p}
         decode = {"block_size": best["block_size"], "steps": best["steps"], "strategy": best["strategy"]}
-        window = {} if best["window"] is None else {"window": best["window"]}
-        recommend(folder, decode | best["knobs"] | best["flight_settings"] | window | sampling)
+        recommend(folder, decode | sampling | best["knobs"] | best["flight_settings"] | best["other"])
     write_whole(folder / "README.md", card(run, recipe, rows, best))
 
 

@@ -40,7 +40,7 @@ def save_accuracy_plot(
             axes.axvline(value, color=COLOURS[colour % len(COLOURS)], linestyle="--", linewidth=1, zorder=0)
             where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90}
             axes.annotate("oracle", (value, 0), (3, 4), **where, fontsize=8, color="#555b64")
-        for s in series:
+        for s in (s for s in series if s.points):
             ordered = sorted(s.points, key=lambda p: p.x)
             errors = [[p.y - p.low for p in ordered], [p.high - p.y for p in ordered]]
             axes.errorbar(

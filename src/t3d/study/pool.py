@@ -13,10 +13,9 @@ from t3d.evaluation.rows import setting
 from t3d.evaluation.summary import read_summary
 from t3d.pipeline import RunFolder
 from t3d.pipeline.train import last_checkpoint
+from t3d.report.charts import Point
 from t3d.study.config import Job, Study, labels
 from t3d.trajectories import Trajectory, TrajectoryDataset
-
-OTHERS, SEVERAL = "other policies", "several blocks"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Pool:
     @property
     def knobs(self) -> dict:
         """What the strategy was set to beside the number of steps; empty for a fixed number."""
-        return next(iter(self.rows.values()))["knobs"]
+        return self.row["knobs"]
 
     @property
     def n(self) -> int:
@@ -50,14 +49,18 @@ class Pool:
         return wilson(self.accuracy * self.n, self.n)
 
     @property
+    def tokens(self) -> float:
+        return self._sum(lambda row: row["mean_length"] * row["num_problems"])
+
+    @property
+    def predicting(self) -> float:
+        """Forwards that denoise or verify, over all sequences."""
+        return self._sum(lambda row: (row["nfe_denoise"] + row.get("nfe_verify", 0.0)) * row["num_problems"])
+
+    @property
     def tpf(self) -> float:
-        """Tokens per forward that predicts (denoises or verifies), over all sequences."""
-        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
-
-        def forwards(row: dict) -> float:
-            return (row["nfe_denoise"] + row.get("nfe_verify", 0.0)) * row["num_problems"]
-
-        return tokens / max(1.0, self._sum(forwards))
+        """Tokens per forward that predicts."""
+        return self.tokens / max(1.0, self.predicting)
 
     @property
     def oracle_tpf(self) -> float | None:
@@ -68,31 +71,17 @@ class Pool:
     @property
     def tpf_all(self) -> float:
         """Tokens per forward, prefill and commit included."""
-        tokens = self._sum(lambda row: row["mean_length"] * row["num_problems"])
-        return tokens / max(1.0, self._sum(lambda row: row["nfe"] * row["num_problems"]))
+        return self.tokens / max(1.0, self._sum(lambda row: row["nfe"] * row["num_problems"]))
 
     @property
-    def kind(self) -> str:
-        """The policy and the flight without the numbers that vary along a line of a plot."""
-        row = next(iter(self.rows.values()))
-        name = row["strategy"].removeprefix("low_confidence_")
-        parts = (name, row.get("flight"), f"window {row['window']}" if row.get("window") else "")
-        return ", ".join(part for part in parts if part)
+    def point(self) -> Point:
+        """Of a plot of accuracy against tokens per forward."""
+        return Point(self.tpf, 100 * self.accuracy, 100 * self.ci95[0], 100 * self.ci95[1], self.setting, self.setting)
 
     @property
-    def group(self) -> str:
-        """The line or colour of a plot of decode settings."""
-        row = next(iter(self.rows.values()))
-        name = row["strategy"].removeprefix("low_confidence_")
-        if row.get("window") or name not in ("static", "dynamic"):
-            return OTHERS
-        words = [w for w in (row.get("flight") or "").split(" ") if not w.startswith("(")]
-        flight = " ".join(words[:2])
-        if flight.endswith("blocks"):
-            return SEVERAL
-        return (
-            "self-speculation" if flight and not flight.startswith("look-ahead") else f"{name}, {flight or 'one block'}"
-        )
+    def row(self) -> dict:
+        """Of one seed; the decode setting is that of all."""
+        return next(iter(self.rows.values()))
 
     @property
     def mean_length(self) -> float:

@@ -10,12 +10,13 @@ from t3d.errors import T3DError
 from t3d.evaluation.oracle import TPF
 from t3d.evaluation.rows import percent
 from t3d.evaluation.summary import write_whole
-from t3d.report.charts import Point, Series
+from t3d.report.charts import Series
 from t3d.report.figures import save_accuracy_plot
+from t3d.study import decoding
 from t3d.study.config import Study
-from t3d.study.pool import OTHERS, SEVERAL, Cost, Pool, costs, pools
+from t3d.study.pool import Cost, Pool, costs, pools
+from t3d.study.tables import head, line
 
-LOWEST = 50  # percent; a plot of decode settings leaves out what is below
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"  # with the name of the study's file
 
 
@@ -39,11 +40,10 @@ def _write(study: Study, folder: Path, document: Path | None) -> None:
     spent = costs(study)
     pairs = list(comparisons(study, found))
     write_whole(folder / "results.json", json.dumps(_plain(found, spent, pairs), indent=1, ensure_ascii=False) + "\n")
-    write_whole(folder / "results.md", _markdown(study, found, spent, pairs, _plots(study, found, folder / "results")))
+    write_whole(folder / "results.md", _markdown(study, found, spent, pairs, folder / "results"))
     if document is not None:
         name = study.path.stem
-        plots = _plots(study, found, document.with_name(f"{document.stem}-{name}"))
-        text = _markdown(study, found, spent, pairs, plots)
+        text = _markdown(study, found, spent, pairs, document.with_name(f"{document.stem}-{name}"))
         write_whole(document, _between_marks(document, name, text))
 
 
@@ -58,12 +58,16 @@ def comparisons(study: Study, found: list[Pool]) -> Iterable[tuple]:
                     yield pool, other, *result
 
 
-def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, plots: dict) -> str:
-    if not study.train:
-        return _by_setting(study, found, plots)
+def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, stem: Path) -> str:
+    """The text; its plots are written beside it, under names that begin with `stem`'s."""
+    made = _students(study, found, spent, pairs, stem) if study.train else decoding.markdown(found, stem)
+    return "\n".join([*made, *_missing(study, found)])
+
+
+def _students(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, stem: Path) -> list[str]:
     settings = list(dict.fromkeys(pool.setting for pool in found))
     teacher = [pool for pool in found if not pool.labels]
-    parts = []
+    parts, plots = [], _plots(study, found, stem)
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
         mine = [pool for pool in found if pool.labels == known]
         parts += [f"### Students of {known}", "", *_accuracies(teacher + mine, settings, spent), ""]
@@ -72,34 +76,7 @@ def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pai
         compared = [pair for pair in pairs if pair[0].labels == known]
         if compared:
             parts += [*_differences(compared), ""]
-    parts += _missing(study, found)
-    return "\n".join(parts)
-
-
-def _by_setting(study: Study, found: list[Pool], plots: dict) -> str:
-    """For every model of a study of decoding, a line per setting, and a plot."""
-    parts = []
-    for name in dict.fromkeys(pool.variant for pool in found):
-        mine = sorted((pool for pool in found if pool.variant == name), key=lambda pool: (pool.kind, pool.tpf))
-        parts += [f"### `{name}`", ""]
-        if name in plots:
-            parts += [f"![accuracy against tokens per forward of {name}]({plots[name].name})", ""]
-        parts += [_line("setting", "accuracy, %", "TPF", "TPF all", "n", "seeds")]
-        parts += [_line("---", "---:", "---:", "---:", "---:", "---:")]
-        for pool in mine:
-            low, high = pool.ci95
-            parts.append(
-                _line(
-                    pool.setting,
-                    f"{percent(pool.accuracy)} ({percent(low)}–{percent(high)})",
-                    f"{pool.tpf:.2f}",
-                    f"{pool.tpf_all:.2f}",
-                    str(pool.n),
-                    ", ".join(map(str, sorted(pool.rows))),
-                )
-            )
-        parts.append("")
-    return "\n".join([*parts, *_missing(study, found)])
+    return parts
 
 
 def _missing(study: Study, found: list[Pool]) -> list[str]:
@@ -117,15 +94,12 @@ def _missing(study: Study, found: list[Pool]) -> list[str]:
 
 def _accuracies(shown: list[Pool], settings: list[str], spent: dict[str, list[Cost]]) -> list[str]:
     """One line per variant: accuracy with its interval at every setting, tokens per forward where they vary, cost."""
-    lines = [
-        _line("variant", *(f"{s}, %" for s in settings), "n", "seeds", "steps", "TFLOP", "seconds"),
-        _line("---", *("---:" for _ in settings), *("---:" for _ in range(5))),
-    ]
+    lines = head("variant", *(f"{s}, %" for s in settings), "n", "seeds", "steps", "TFLOP", "seconds")
     for name in dict.fromkeys(pool.variant for pool in shown):
         mine = {pool.setting: pool for pool in shown if pool.variant == name}
         some = next(iter(mine.values()))
         lines.append(
-            _line(
+            line(
                 name if name == "teacher" else f"`{name}`",
                 *(_cell(mine.get(s)) for s in settings),
                 str(some.n),
@@ -153,14 +127,12 @@ def _costs(spent: list[Cost] | None) -> tuple[str, str, str]:
 
 
 def _differences(pairs: list) -> list[str]:
-    lines = [
-        _line("against", "variant", "setting", "difference, points", "only this / only that", "n", "p (McNemar)"),
-        _line("---", "---", "---", "---:", "---:", "---:", "---:"),
-    ]
+    names = ("against", "variant", "setting", "difference, points", "only this / only that", "n", "p (McNemar)")
+    lines = head(*names, text=3)
     for pool, other, _, result in pairs:
         low, high = result.ci95
         lines.append(
-            _line(
+            line(
                 f"`{other.variant}`",
                 f"`{pool.variant}`",
                 pool.setting,
@@ -173,26 +145,9 @@ def _differences(pairs: list) -> list[str]:
     return lines
 
 
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
     """STEM-LABELS.svg for every source of labels. Lines join numbers of steps; a threshold's point stands alone."""
     made = {}
-    if not study.train:
-        for name in dict.fromkeys(pool.variant for pool in found):
-            mine = sorted((p for p in found if p.variant == name), key=lambda p: p.tpf)
-            series, bottom = [], LOWEST if any(100 * p.accuracy >= LOWEST for p in mine) else None
-            for colour, group in enumerate(dict.fromkeys(sorted(p.group for p in mine))):
-                points = [_point(p) for p in mine if p.group == group and 100 * p.accuracy >= (bottom or 0)]
-                if group in (OTHERS, SEVERAL):  # points of different kinds make no line
-                    series += [Series("" if n else group, colour, [point]) for n, point in enumerate(points)]
-                elif points:
-                    series.append(Series(group, colour, points))
-            path = stem.with_name(f"{stem.name}-{name}")
-            made[name] = save_accuracy_plot(series, path, suffixes=(".svg",), bottom=bottom)[0]
-        return made
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
         wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]
         wanted = [p for p in found if not p.labels] + [p for p in wanted if p.labels]
@@ -202,15 +157,11 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
             mine = [p for p in wanted if p.variant == name]
             steps, others = [p for p in mine if not p.knobs], [p for p in mine if p.knobs]
             for label, joined in ((name, steps or mine), *(("", [p]) for p in others if steps)):
-                series.append(Series(label, colour, [_point(p) for p in joined], mine[0].oracle_tpf))
+                series.append(Series(label, colour, [p.point for p in joined], mine[0].oracle_tpf))
         if len(names) > 1:
             path = stem.with_name(f"{stem.name}-{known.replace(' ', '-')}")
             made[known] = save_accuracy_plot(series, path, suffixes=(".svg",))[0]
     return made
-
-
-def _point(p: Pool) -> Point:
-    return Point(p.tpf, 100 * p.accuracy, 100 * p.ci95[0], 100 * p.ci95[1], p.setting, p.setting)
 
 
 def _between_marks(path: Path, name: str, text: str) -> str:
