@@ -2,6 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples on every run, so that a red test is news. To look for new ones: pytest --hypothesis-profile=explore
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile("same")
 
 
 def make_model(
