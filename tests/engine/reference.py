@@ -115,13 +115,13 @@ def reference_decode(model, prompt, config, seed, stop_ids=()):
 @torch.no_grad()
 def reference_multi_block(model, prompt, config, seed, stop_ids=()):
     """As `reference_decode`, with several blocks in flight; blocks after the first may advance by nothing only under
-    `low_confidence_dynamic` with the floor "one"."""
+    `low_confidence_dynamic` with the floor "one". Returns the revisions too."""
     mask_id, size = model.config.mask_token_id, config.block_size
     steps, width = config.steps or size, config.window or size
     ids, base, forwards = list(prompt), len(prompt) // size * size, 0
     end = -(-(len(prompt) + config.max_tokens) // size) * size
-    committed, counts = {}, {}
-    starts = [base]
+    committed, counts, revised = {}, {}, {}
+    starts, provisional = [base], []
 
     def progress(start):
         return 1 - ids[start : start + size].count(mask_id) / size
@@ -131,6 +131,17 @@ def reference_multi_block(model, prompt, config, seed, stop_ids=()):
             ids.append(mask_id)
         logits = reference_logits(model, ids, size)
         forwards += 1
+        if provisional:  # what was decided behind another block, seen again as masks where all before it is final
+            again = ids[: starts[0] + size]
+            for p in provisional:
+                again[p] = mask_id
+            checked = reference_logits(model, again, size)
+            wrong = [p for p in provisional if float(checked[p].softmax(-1)[ids[p]]) < config.recheck]
+            for p in wrong:
+                ids[p], revised[p] = mask_id, revised.get(p, 0) + 1
+            if wrong:
+                logits[starts[0] : starts[0] + size] = checked[starts[0] :]
+            provisional = []
         before = {start: progress(start) for start in starts}
         for depth, start in enumerate(starts):
             masked = [p for p in range(start, start + size) if ids[p] == mask_id]
@@ -152,14 +163,17 @@ def reference_multi_block(model, prompt, config, seed, stop_ids=()):
                 ids[p] = drawn[p][0]
                 committed[p] = (step, drawn[p][1])
             counts[start] = step + bool(chosen)
-        while starts and progress(starts[0]) == 1:
+        while starts and progress(starts[0]) == 1 and not provisional:
             base = starts.pop(0) + size
             response = ids[len(prompt) : base]
             stops = [n for n, token in enumerate(response[: config.max_tokens]) if token in stop_ids]
             if stops or len(response) >= config.max_tokens:
                 told = [committed[p] for p in range(len(prompt), base)]
                 reason, length = ("stop", stops[0] + 1) if stops else ("length", config.max_tokens)
-                return response, [t[0] for t in told], [t[1] for t in told], length, reason, forwards
+                revisions = [revised.get(p, 0) for p in range(len(prompt), base)]
+                return response, [t[0] for t in told], [t[1] for t in told], length, reason, forwards, revisions
+            if config.recheck and starts:
+                provisional = [p for p in range(starts[0], starts[0] + size) if ids[p] != mask_id]
         while len(starts) < config.blocks_in_flight:
             if starts:
                 flying = ids[max(starts[0], len(prompt)) : starts[-1] + size]
