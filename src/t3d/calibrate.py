@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from t3d.config import Recipe
@@ -89,7 +89,7 @@ def describe(strategy: str, trial: dict) -> str:
 def calibrate_promise(
     recipe: Recipe,
     name: str | None,
-    strategies: Iterable[str],
+    strategies: Iterable[str] | None,
     blocks: Iterable[int],
     alpha: float,
     delta: float,
@@ -98,9 +98,9 @@ def calibrate_promise(
 ) -> None:
     """Write to `output` the fastest setting certified to lose at most `alpha` of what the reference solves.
 
-    The grid is each strategy at the values of its own setting (or of steps), times the blocks in flight; the reference
-    is one token a step. The rule is `t3d.decoding.guarantee`'s. Answers are kept in RUN/calibrate, by the weights'
-    fingerprint, so that a killed calibration continues.
+    The grid is each strategy at the values of its own setting (or of steps), times the blocks in flight; without
+    strategies, the recipe's `eval.grid`. The reference is one token a step. The rule is `t3d.decoding.guarantee`'s.
+    Answers are kept in RUN/calibrate, by the weights' fingerprint, so that a killed calibration continues.
 
     Raises:
         T3DError: too few problems for any setting to pass, nothing to verify, or no setting that is certified.
@@ -111,9 +111,16 @@ def calibrate_promise(
     path = checkpoint(name or Path(recipe.run_dir) / "student")
     model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
     base = DecodingConfig(max_tokens=recipe.eval.max_tokens, seed=recipe.seed).at(model.config.block_size)
-    reference, grid = reference_setting(base), candidates(base, strategies, blocks)
+    reference = reference_setting(base)
+    if strategies is None:
+        given = [replace(c, n=1, seed=recipe.seed).at(base.block_size) for c in recipe.eval.settings(recipe.seed)]
+        grid = [c for c in dict.fromkeys(c.canonical() for c in given) if c != reference]
+    else:
+        grid = candidates(base, strategies, blocks)
     if not grid:
-        raise T3DError("there is nothing to choose: the only setting is the reference; add a --strategy")
+        raise T3DError(
+            "there is nothing to choose: the only setting is the reference; add to eval.grid, or a --strategy"
+        )
     _check_enough(len(problems), len(grid), alpha, delta)
     prompts = [task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [reference, *grid])

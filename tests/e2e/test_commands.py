@@ -248,8 +248,9 @@ def test_calibrate_and_decode_with_what_it_chose(t3d, write_recipe, tiny):
 
 def test_calibrate_with_a_guarantee(t3d, write_recipe, tiny):
     recipe = write_recipe(t3d.folder)
-    command = ["calibrate", recipe, "task.num_eval=20", "--model", str(tiny), "--blocks-in-flight", "1"]
-    done = t3d(*command, "--alpha", "0.3", "--strategy", "adaptive", "--strategy", "sequential", "-o", "safe.json")
+    command = ["calibrate", recipe, "task.num_eval=20", "--model", str(tiny)]
+    ready = ["--strategy", "adaptive", "--strategy", "sequential", "--blocks-in-flight", "1", "-o", "safe.json"]
+    done = t3d(*command, "--alpha", "0.3", *ready)
     assert done.code == 0, done.stderr
     assert "with 95% confidence it loses at most 30% of all problems to the reference (0 of 20 dev" in done.stdout
     assert len([line for line in done.stderr.splitlines() if "of 20 lost" in line]) == 8
@@ -261,26 +262,30 @@ def test_calibrate_with_a_guarantee(t3d, write_recipe, tiny):
     assert len(kept) == 9  # the reference too
     kept[3].unlink()  # as if killed before it: the rest is not decoded again
     before = {path: path.stat().st_mtime_ns for path in kept[:3] + kept[4:]}
-    again = t3d(*command, "--alpha", "0.3", "--strategy", "adaptive", "--strategy", "sequential", "-o", "safe.json")
+    again = t3d(*command, "--alpha", "0.3", *ready)
     assert (again.code, again.stdout) == (0, done.stdout)
     assert json.loads((t3d.folder / "safe.json").read_text()) == first
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    few = "20 problems are too few for alpha 0.05 and delta 0.05: to certify one of 5 settings takes at least 90"
     for wrong, said in {
-        (
-            "--alpha",
-            "0.05",
-        ): "20 problems are too few for alpha 0.05 and delta 0.05: to certify one of 5 settings takes "
-        "at least 90; set task.num_eval",
+        ("--alpha", "0.05", "--strategy", "adaptive", "--blocks-in-flight", "1"): few,
         ("--alpha", "1.5"): "alpha must lie between 0 and 1, got 1.5",
         ("--alpha", "0.3", "--delta", "0"): "delta must lie between 0 and 1, got 0",
         ("--alpha", "0.3", "--tpf", "2"): "either --accuracy or --tpf or --alpha",
-        ("--tpf", "2"): "--delta and --blocks-in-flight go with --alpha",
+        ("--alpha", "0.3", "--blocks-in-flight", "1"): "--blocks-in-flight goes with --strategy",
+        ("--tpf", "2", "--blocks-in-flight", "1"): "--delta and --blocks-in-flight go with --alpha",
         ("--alpha", "0.3", "--strategy", "adaptve"): "did you mean 'adaptive'",
+        ("--alpha", "0.3", "eval.grid=[{steps: 4}]"): "nothing to choose: the only setting is the reference",
     }.items():
         done = t3d(*command, *wrong, "-o", "not-there.json")
         assert (done.code, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert said in done.stderr
         assert not (t3d.folder / "not-there.json").exists()
+    grid = "eval.grid=[{flight: look_ahead, steps: [4, 2]}, {guidance_scale: [0.0, 1.0], steps: 4}]"
+    done = t3d(*command, "--alpha", "0.3", grid, "-o", "any.json")
+    assert done.code == 0, done.stderr
+    told = [trial["setting"] for trial in json.loads((t3d.folder / "any.json").read_text())["notes"]["trials"]]
+    assert told == ["4 steps, look-ahead 1", "2 steps, look-ahead 1", "4 steps, guidance scale 1.0"]
 
 
 def test_calibrate_says_what_a_guarantee_would_take(t3d, write_recipe):

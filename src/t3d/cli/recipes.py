@@ -164,7 +164,9 @@ def calibrate_command(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="unmasking strategy whose own setting is chosen (adaptive); with --alpha several, or 'all'"),
+        typer.Option(
+            help="strategy whose own setting is chosen (adaptive); with --alpha any number, 'all', or eval.grid"
+        ),
     ] = None,
     accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
     tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
@@ -176,7 +178,8 @@ def calibrate_command(
         float | None, typer.Option(help="with --alpha: chance that the certificate is wrong", show_default="0.05")
     ] = None,
     blocks_in_flight: Annotated[
-        list[int] | None, typer.Option(help="with --alpha: blocks decoded at once", show_default="1, 2 and 4")
+        list[int] | None,
+        typer.Option(help="with --alpha and --strategy: blocks decoded at once", show_default="1, 2 and 4"),
     ] = None,
     split: Annotated[str, typer.Option(help="problems to calibrate on: dev, train or test")] = "dev",
 ) -> None:
@@ -190,14 +193,16 @@ def calibrate_command(
     to_terminal()
     if sum(target is not None for target in (accuracy, tpf, alpha)) != 1:
         raise T3DError("give either --accuracy or --tpf or --alpha")
-    loaded, strategies = load_recipe(recipe, overrides or ()), strategy or ["adaptive"]
+    loaded = load_recipe(recipe, overrides or ())
     if alpha is not None:
-        strategies = list(POLICIES) if "all" in strategies else strategies
+        if blocks_in_flight and not strategy:
+            raise T3DError("--blocks-in-flight goes with --strategy; in eval.grid it is a key")
+        strategies = list(POLICIES) if "all" in (strategy or ()) else strategy
         blocks, delta = blocks_in_flight or [1, 2, 4], 0.05 if delta is None else delta
         calibrate_promise(loaded, model, strategies, blocks, alpha, delta, split, output)
         return
     if delta is not None or blocks_in_flight:
         raise T3DError("--delta and --blocks-in-flight go with --alpha")
-    if len(strategies) > 1:
+    if strategy and len(strategy) > 1:
         raise T3DError("--accuracy and --tpf calibrate one --strategy; several go with --alpha")
-    calibrate_setting(loaded, model, strategies[0], accuracy, tpf, split, output)
+    calibrate_setting(loaded, model, strategy[0] if strategy else "adaptive", accuracy, tpf, split, output)
