@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
-from t3d.engine import BlockEvent, Engine, FinishedEvent
+from t3d.engine import BlockEvent, Engine, FinishedEvent, StepEvent
+from t3d.engine.intake import make_requests
 from t3d.errors import T3DError
 from tests.conftest import make_model
 from tests.engine.reference import reference_draw, reference_logits, reference_multi_block
@@ -123,6 +124,25 @@ def test_d3llm_is_a_setting(model, data):
     prompt = [rng.randrange(6, 60) for _ in range(rng.randint(1, 13))]
     [t] = Engine(model).generate([prompt], config)
     assert (t.response_ids, t.nfe.denoise) == d3llm(model, prompt, config, draw(st.sampled_from([0.1, 0.6, 0.95, 1.0])))
+
+
+def test_who_watches_sees_what_was_provisional_go(model):
+    """Told steps, replayed, give the answer; what was masked again is told too."""
+    config = DecodingConfig(blocks_in_flight=3, enter=0.0, force=0.0, recheck=0.9, steps=2, max_tokens=40)
+    requests = make_requests([[7, 8, 9], [10, 11]], config, None, None, model, None)
+    session = Engine(model).open(requests)
+    for request in requests:
+        session.add(request, watch=True)
+    shown, taken_back = [{}, {}], [0, 0]
+    while not session.done:
+        for event in session.step():
+            if isinstance(event, StepEvent):
+                shown[event.index] |= dict(zip(event.places, event.token_ids, strict=True))
+                taken_back[event.index] += event.token_ids.count(session.mask_id)
+            elif isinstance(event, FinishedEvent):
+                t = event.trajectory
+                assert [shown[event.index][n] for n in range(len(t.response_ids))] == t.response_ids
+                assert taken_back[event.index] == sum(t.revisions) > 0
 
 
 def test_recheck_needs_a_policy_that_keeps_what_it_commits():

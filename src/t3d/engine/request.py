@@ -177,11 +177,22 @@ class Sequence:
     def record(self, block: Block, places: np.ndarray, draft: bool = False) -> None:
         """A step has changed these places of the block, int64 (n,), n >= 1. draft: nobody is told."""
         block.step_map[places] = block.step
-        if self.watched and not draft:
+        if not draft:
+            self.tell(block, places)
+        block.step += 1
+
+    def reopen(self, block: Block, places: np.ndarray) -> None:
+        """Mask places of the block again, int64 (n,), n >= 1, before its next step."""
+        block.tokens[places], block.confidence[places] = self.mask_id, 0.0
+        block.revisions[places] += 1
+        self.tell(block, places)
+
+    def tell(self, block: Block, places: np.ndarray) -> None:
+        """Whoever watches hears what the places hold now."""
+        if self.watched:
             places = np.sort(places)
             at = (block.start + places - len(self.request.prompt_ids)).tolist()
             self.told.append((block.step, at, block.tokens[places].tolist(), block.confidence[places].tolist()))
-        block.step += 1
 
     def finish(self, block: Block) -> None:
         """The block at `base` is final."""

@@ -105,7 +105,9 @@ class MultiBlock(Flight):
             segments = ask(blocks, sequence)
             copies = [without(blocks[0], provisional)] if len(provisional) else []
             logits = yield segments + copies
-            reopened = copies and self.reopen(blocks[0], provisional, copies[0], logits)
+            wrong = self.improbable(blocks[0], provisional, copies[0], logits) if copies else provisional
+            if len(wrong):
+                sequence.reopen(blocks[0], wrong)
             rows = [
                 row(
                     block,
@@ -117,7 +119,7 @@ class MultiBlock(Flight):
                 for depth, block in enumerate(blocks)
                 if not complete(block, policy)
             ]
-            if reopened:
+            if len(wrong):
                 rows[0] = Row(blocks[0], np.where(sequence.window(blocks[0]), copies[0].rows, -1))
             if rows:
                 yield rows
@@ -131,13 +133,10 @@ class MultiBlock(Flight):
             while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
                 blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
 
-    def reopen(self, block: Block, places: np.ndarray, copy: Segment, logits) -> bool:
-        """Mask those of the places again whose tokens the copy finds improbable; whether there are any."""
+    def improbable(self, block: Block, places: np.ndarray, copy: Segment, logits) -> np.ndarray:
+        """Those of the places whose tokens have too low a probability in the copy."""
         p = logits.rows(copy.rows[places]).softmax(-1).cpu().numpy()
-        wrong = places[p[np.arange(len(places)), block.tokens[places]] < self.recheck]
-        block.tokens[wrong], block.confidence[wrong] = block.mask_id, 0.0
-        block.revisions[wrong] += 1
-        return len(wrong) > 0
+        return places[p[np.arange(len(places)), block.tokens[places]] < self.recheck]
 
     def enters(self, blocks: list[Block], sequence) -> bool:
         if not blocks:
