@@ -157,6 +157,14 @@ def test_steps_and_strategy_change_the_answer(page, server):
     assert page.run("state.panes[0].done.token_ids") == expected["token_ids"]
 
 
+def test_guidance_changes_the_answer(page, server):
+    page.run("$('guidance').value = 2")
+    ask(page, "Hello")
+    done(page)
+    guided = answer(server, "Hello", guidance_scale=2)["token_ids"]
+    assert page.run("state.panes[0].done.token_ids") == guided != answer(server, "Hello")["token_ids"]
+
+
 def test_several_blocks_settle_at_once(page, server):
     """After each forward the page has what the stream said; blocks that are not final look different."""
     choose(page, "strategy", "low_confidence_dynamic", threshold=0.01, floor="one")
