@@ -7,12 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from e2e.program import assert_same_trajectories
 from t3d.models import load_model
 from t3d.trajectories import TrajectoryDataset
+from t3d.trajectories.schema import shards
 
 
 def trajectories(run: Path) -> list:
@@ -155,6 +157,27 @@ def test_a_changed_recipe_is_refused_until_forced(t3d, write_recipe, finished):
     assert t3d("run", recipe, "train.learning_rate=2e-3").code == 0
     assert (run / "summary.json").exists()
     assert not list(run.glob(".removed-*"))
+
+
+def test_a_rollout_that_a_version_with_fewer_settings_began_continues(t3d, write_recipe, finished):
+    recipe = write_recipe(t3d.folder)
+    run = t3d.folder / "runs" / "recipe"
+    shutil.copytree(finished[0], run)
+    first, *others = shards(run / "rollout")
+    for other in [*others, run / "rollout" / "stage.json"]:  # as if killed
+        other.unlink()
+    table = pq.read_table(first)
+    metadata = json.loads(table.schema.metadata[b"t3d"])
+    for later in ("rollout.recheck", "rollout.window"):
+        del metadata["recipe"][later]
+    packed = table.schema.metadata | {b"t3d": json.dumps(metadata).encode()}
+    pq.write_table(table.slice(0, table.num_rows - 1).replace_schema_metadata(packed), first)
+    done = t3d("rollout", recipe)
+    assert done.code == 0, done.stderr
+    assert_same_trajectories(run, finished[0])
+    done = t3d("rollout", recipe, "rollout.window=2")
+    assert done.code == 2
+    assert "rollout.window" in done.stderr
 
 
 def test_time_adds_up_over_attempts(t3d, write_recipe):

@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -14,10 +15,11 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
-from t3d.pipeline.settings import settings
+from t3d.pipeline.settings import continued, settings
 from t3d.pipeline.versions import versions
-from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
+from t3d.trajectories import TrajectoryDataset, TrajectoryWriter, read_metadata
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint, tokenizer_fingerprint
+from t3d.trajectories.schema import shards
 
 
 def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
@@ -69,7 +71,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "prompts_sha256": prompts,
-        "recipe": settings(recipe, "rollout") | ({"round": number} if number else {}),
+        "recipe": _settings(recipe, folder) | ({"round": number} if number else {}),
         "versions": versions(),
     }
     with (
@@ -125,12 +127,18 @@ def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
 def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
     """Copy the trajectories of another folder to RUN/rollout."""
     found = adopted(recipe, inputs)
-    metadata = {"kind": "rollout", "source": found.metadata, "recipe": settings(recipe, "rollout")}
+    metadata = {"kind": "rollout", "source": found.metadata, "recipe": _settings(recipe, run / "rollout")}
     metadata["tokenizer_fingerprint"] = tokenizer_fingerprint(inputs.teacher[1])
     with TrajectoryWriter(run / "rollout", metadata | {"versions": versions()}) as writer:
         for trajectory in found:
             writer.write(trajectory)
     _say(TrajectoryDataset(run / "rollout"))
+
+
+def _settings(recipe: Recipe, folder: Path) -> dict:
+    """What the trajectories depend on; of a folder that is there, as the version that began it knew it."""
+    now = settings(recipe, "rollout")
+    return continued(now, read_metadata(folder).get("recipe") or now) if shards(folder) else now
 
 
 def _say(dataset: TrajectoryDataset) -> None:

@@ -38,8 +38,8 @@ class TrajectoryDataset(Sequence):
         for number, path in enumerate(self.paths):
             file, metadata = open_shard(path)
             with file:
-                if number and (key := difference(self.metadata, metadata)):
-                    raise T3DError(f"{path} was made with another {key} than {self.paths[0].name} beside it")
+                if number and (found := difference(self.metadata, metadata)):
+                    raise T3DError(f"{path} was made with another {found[0]} than {self.paths[0].name} beside it")
                 self.metadata = self.metadata or metadata
                 keys += read_keys(file, path)
                 for group, size in enumerate(_sizes(file)):

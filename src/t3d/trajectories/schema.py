@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -117,8 +118,8 @@ def shards(path: Path | str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def difference(a: dict, b: dict, prefix: str = "") -> str | None:
-    """The dotted name of the first key whose values differ, or None."""
+def difference(a: dict, b: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted name, value in a, value in b) of the first key whose values differ, or None."""
     for key in sorted(a.keys() | b.keys()):
         if not prefix and key in UNCOMPARED:
             continue
@@ -127,13 +128,5 @@ def difference(a: dict, b: dict, prefix: str = "") -> str | None:
             if inner := difference(x, y, f"{prefix}{key}."):
                 return inner
         elif x != y:
-            return f"{prefix}{key}"
+            return f"{prefix}{key}", x, y
     return None
-
-
-def lookup(metadata: dict, dotted: str):
-    """The value under a name that `difference` gave; None where a part of it is missing."""
-    value = metadata
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from t3d.errors import T3DError
 from t3d.trajectories.record import Trajectory, validate
-from t3d.trajectories.schema import damaged, difference, lookup, open_shard, shards, to_table
+from t3d.trajectories.schema import damaged, difference, open_shard, shards, to_table
 
 ROW_GROUP = 32  # rows decoded to read one of them
 
@@ -61,10 +61,11 @@ class TrajectoryWriter:
         for path in shards(self.folder):
             file, metadata = open_shard(path)
             with file:
-                if key := difference(metadata, self.metadata):
+                if found := difference(metadata, self.metadata):
+                    key, before, now = found
                     raise T3DError(
-                        f"{self.folder} was written with {key} = {lookup(metadata, key)!r}, not "
-                        f"{lookup(self.metadata, key)!r}; use another folder, or remove it to start again"
+                        f"{self.folder} was written with {key} = {before!r}, not {now!r}; use another folder, or "
+                        "remove it to start again"
                     )
                 self._keys.update(read_keys(file, path))
 
