@@ -40,6 +40,8 @@ def groups(max_tokens: int) -> list[list[tuple[str, DecodingConfig]]]:
         some += [(f"{name}, look-ahead {d}", replace(plain, flight="look_ahead", depth=d)) for d in (1, 2, 3)]
         if policy is dynamic:
             some += [(f"{name}, {n} blocks", replace(plain, blocks_in_flight=n)) for n in (2, 4)]
+            provisional = replace(plain, blocks_in_flight=2, enter=0.0, force=2.0, recheck=0.6)
+            some += [(f"{name}, 2, recheck .6", provisional), (f"{name}, s2d2", replace(plain, flight="s2d2"))]
         found.append(some)
     return found
 
