@@ -5,6 +5,7 @@ import pytest
 from t3d.decoding import DecodingConfig, calibrate, load_decoding, save_decoding, tokens_per_forward
 from t3d.engine import Engine
 from t3d.errors import T3DError
+from t3d.evaluation.metrics import Speed
 from tests.conftest import make_model
 
 PROMPTS = [[7 + i, 8, 9 + i, 10, 11][: 2 + i % 4] for i in range(12)]
@@ -23,6 +24,17 @@ def test_target_tpf_is_met_and_not_wildly_passed(engine, strategy):
     assert reached >= 2.0
     assert reached == min(t["tpf"] for t in trials if t["tpf"] >= 2.0)
     assert reached < 4.0
+
+
+def test_tokens_per_forward_are_those_of_the_tables():
+    """The target of `--tpf`, the progress bar, and the column TPF."""
+    engine, total = Engine(make_model(block_size=8), fused=False), Speed()  # with forwards that predict nothing
+    trajectories = engine.generate(PROMPTS, DecodingConfig(steps=1, max_tokens=32, stop_ids=()))
+    for trajectory in trajectories:
+        total.add(trajectory)
+    assert total.tpf == tokens_per_forward(trajectories) == engine.stats.tokens / engine.stats.sequence_forwards
+    assert f"TPF {total.tpf:.2f}" in engine.stats.line(1.0)
+    assert total.tpf > total.tpf_all
 
 
 def test_target_quality_gives_the_fastest_that_keeps_it(engine):

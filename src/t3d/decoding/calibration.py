@@ -13,8 +13,8 @@ from t3d.trajectories.record import Trajectory
 
 
 def tokens_per_forward(trajectories: list[Trajectory]) -> float:
-    """Tokens through the first stop token, divided by the forwards their sequences took part in."""
-    return sum(t.length for t in trajectories) / sum(t.nfe.total for t in trajectories)
+    """TPF: tokens through the first stop token, divided by the forwards that predicted (denoised or verified)."""
+    return sum(t.length for t in trajectories) / sum(t.nfe.predicting for t in trajectories)
 
 
 def calibrate(

@@ -72,7 +72,7 @@ class EngineStats:
     failed: int = 0
     tokens: int = 0  # of finished sequences
     forwards: int = 0  # of the model, whatever the batch
-    sequence_forwards: int = 0  # summed over the finished sequences: their NFE
+    sequence_forwards: int = 0  # that predicted tokens, summed over the finished sequences
     cached_tokens: int = 0  # of prompts, not computed since their keys were in the cache
     preemptions: int = 0
     running: int = 0
@@ -94,7 +94,7 @@ class EngineStats:
             if isinstance(event, FinishedEvent):
                 self.finished += 1
                 self.tokens += event.trajectory.length
-                self.sequence_forwards += event.trajectory.nfe.total
+                self.sequence_forwards += event.trajectory.nfe.predicting
 
 
 class Session:

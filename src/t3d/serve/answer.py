@@ -49,7 +49,7 @@ class Choice:
         tail = len(t.prompt_ids) % t.block_size
         return {
             "tpf": round(n / t.nfe.predicting, 4),
-            "tpf_total": round(n / t.nfe.total, 4),
+            "tpf_all": round(n / t.nfe.total, 4),
             "nfe": asdict(t.nfe) | {"total": t.nfe.total},
             "seconds": round(self.seconds, 4),
             "seed": self.request.config.seed,

@@ -18,7 +18,11 @@ _COUNTERS = (
     ("failed", "t3d_sequences_failed", "answers whose logits were not numbers"),
     ("tokens", "t3d_tokens", "tokens of finished answers, through the stop token"),
     ("forwards", "t3d_forwards", "forward passes of the model, whatever the batch"),
-    ("sequence_forwards", "t3d_sequence_forwards", "forward passes summed over finished answers; tokens per one: TPF"),
+    (
+        "sequence_forwards",
+        "t3d_sequence_forwards",
+        "forward passes that predicted tokens, summed over finished answers; tokens per one: TPF",
+    ),
     ("cached_tokens", "t3d_prompt_tokens_cached", "prompt tokens not computed, since their keys were in the cache"),
     ("preemptions", "t3d_preemptions", "answers that had to make room in the cache and were computed again"),
 )
