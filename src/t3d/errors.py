@@ -16,3 +16,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def characters(text: str, what: str) -> str:
+    """The text, if it is characters: JSON and command lines can hold half of a surrogate pair, tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):X}"
+        raise T3DError(f"{what} holds {half}, half of a surrogate pair, at character {error.start}") from None
+    return text

@@ -8,7 +8,7 @@ from rich.console import Console
 from t3d.decoding import DecodingConfig
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
-from t3d.errors import T3DError
+from t3d.errors import T3DError, characters
 from t3d.models import load_model
 from t3d.models.recommended import recommended
 from t3d.report.terminal import show
@@ -25,6 +25,7 @@ def generate(
     if not text.strip():
         raise T3DError("the prompt is empty")
     DecodingConfig(**settings)  # says what is wrong with them before anything is loaded
+    characters(text, "the prompt")
     model, tokenizer = load_model(checkpoint(name), dtype=dtype, device=device)
     decoding = DecodingConfig(**recommended(model) | settings)
     if tokenizer is None:

@@ -57,6 +57,7 @@ DATA = {
     "not JSON": ('{"question": "a"}\n{"question": \n', "line 2"),
     "nothing in it": ("", "data.jsonl"),
     "no question": ('{"prompt": "a"}\n', "no field 'question'"),
+    "half a character": ('{"question": "a"}\n{"question": "b\\ud800"}\n', "line 2: question holds U+D800"),
     "an empty question": ('{"question": "How many?"}\n{"question": " "}\n', "line 2: the question is empty"),
     "two with one id": (
         '{"id": "a", "question": "How many?"}\n\n{"id": "a", "question": "How many?"}\n',
@@ -174,6 +175,12 @@ def test_a_damaged_record_says_what_to_remove(t3d, write_recipe, finished):
     shutil.copytree(finished[0], run)
     (run / "train" / "stage.json").write_text("{")
     refused(t3d("run", recipe), "stage.json", "remove")
+
+
+def test_a_prompt_that_is_not_characters(t3d, tiny):
+    """As an argument that is not UTF-8 arrives."""
+    for options in ((), ("--raw",)):
+        refused(t3d("generate", str(tiny), "How many\udcff?", *options), "the prompt holds U+DCFF, half of a surrogate")
 
 
 def test_usage_errors_and_unknown_commands(t3d):

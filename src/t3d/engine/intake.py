@@ -5,7 +5,7 @@ from dataclasses import replace
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine.request import Request
-from t3d.errors import T3DError
+from t3d.errors import T3DError, characters
 from t3d.models import stop_ids
 
 
@@ -59,7 +59,7 @@ def _encode(prompt, index: int, tokenizer) -> list[int]:
         return [int(token) for token in prompt]
     if tokenizer is None:
         raise T3DError(f"prompt {index} is a string, but the engine has no tokenizer; give token ids")
-    return tokenizer.encode(prompt, add_special_tokens=False)
+    return tokenizer.encode(characters(prompt, f"prompt {index}"), add_special_tokens=False)
 
 
 def _check(request: Request, config) -> None:

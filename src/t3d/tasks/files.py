@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from t3d.errors import T3DError, nearest
+from t3d.errors import T3DError, characters, nearest
 from t3d.tasks.base import Problem, Task, check_split
 from t3d.tasks.records import read_records
 
@@ -105,7 +105,8 @@ def pick(record: dict, chosen: str | None, usual: tuple[str, ...], where: str, o
     names = (chosen,) if chosen is not None else usual
     for name in names:
         if name in record:
-            return record[name]
+            value = record[name]
+            return characters(value, f"{where}: {name}") if isinstance(value, str) else value
     if optional and chosen is None:
         return None
     wanted = " or ".join(map(repr, names))
