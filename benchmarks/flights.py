@@ -34,6 +34,7 @@ def groups(max_tokens: int) -> list[list[tuple[str, DecodingConfig]]]:
         ("2 steps", {"steps": 2}),
         ("4 steps", {}),
         ("dynamic .95", dynamic),
+        ("prefix .9", {"strategy": "prefix", "threshold": 0.9}),
     ]:
         plain = DecodingConfig(max_tokens=max_tokens, **policy)
         some = [(name, plain)]
