@@ -244,10 +244,12 @@ def test_what_a_policy_does_not_look_at_does_not_distinguish_settings():
         {"blocks_in_flight": [2, 4], "enter": [0.1, 0.5]},
         {"window": 2, "stop": [["a"], ["b"]]},
         {"guidance_scale": [0.5, 1.0], "confidence": "sampling"},
+        {"strategy": "low_confidence_dynamic", "block_size": 8},
     ]
     found = [c.at(4).canonical() for c in EvalConfig(grid=every).settings(0)]
-    assert len({setting_name(c) for c in found}) == len(set(found)) == len(POLICIES) + 2 + 4 + 2 + 2
-    shown = [setting(summarise([], c, "model").to_dict()) for c in found]
+    assert len({setting_name(c) for c in found}) == len(set(found)) == len(POLICIES) + 2 + 4 + 2 + 2 + 1
+    shown = [setting(summarise([], c, "model", 4).to_dict()) for c in found]
+    assert shown[-1] == "dynamic 0.9, block size 8"
     assert len(set(shown)) == len(found), "rows must be told apart by their text"
 
 

@@ -57,12 +57,18 @@ class EvalRow:
         return values | {"ci95": list(self.ci95) if self.ci95 else None}
 
 
-def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, **more) -> EvalRow:
-    """The row of one setting. `config` is resolved (block size and steps set); `more` goes into the row as they are."""
+def summarise(
+    trajectories: Iterable[Trajectory], config: DecodingConfig, model: str, blocks: int | None = None, **more
+) -> EvalRow:
+    """The row of one setting. `config` is resolved (block size and steps set); `more` goes into the row as they are.
+
+    blocks: the model's own block size; another one is part of the setting's name.
+    """
     knob = config.policy.speed()
     knobs = {knob.name: getattr(config, knob.name)} if knob else {}
     knobs |= {f.name: getattr(config, f.name) for f in fields(config.policy) if f.metadata["choices"]}
     knobs |= config.differing(f.name for f in fields(config.policy))
+    own_blocks = blocks in (None, config.block_size)
     totals, seconds, truncated = Speed(), 0.0, 0
     problems: dict[str, list[tuple[bool | None, int | None]]] = {}  # (verdict, answer) of each sample
     for t in trajectories:
@@ -86,7 +92,7 @@ def summarise(trajectories: Iterable[Trajectory], config: DecodingConfig, model:
         **_verdicts(problems),
         flight=config.flying.label,
         flight_settings={"flight": config.flight} | asdict(config.flying) if config.flying.label else {},
-        other=config.differing(config.others()),
+        other=config.differing(config.others()) | ({} if own_blocks else {"block_size": config.block_size}),
         tokps=None if knob or config.flying.label else tokps(config.block_size, config.steps),
         tpf=totals.tpf,
         tpf_all=totals.tpf_all,

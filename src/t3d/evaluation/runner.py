@@ -91,6 +91,7 @@ def evaluate(
                     _checked(dataset.select(wanted), prompts, folder),
                     config,
                     name,
+                    model.config.block_size,
                     objective=objective,
                     hardware=made_with["hardware"],
                     batch_size=made_with["batch_size"],
