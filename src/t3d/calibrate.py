@@ -12,6 +12,7 @@ from t3d.decoding.guarantee import (
     candidates,
     certified,
     check_promise,
+    distinct,
     p_value,
     problems_needed,
     reference_setting,
@@ -113,14 +114,11 @@ def calibrate_promise(
     base = DecodingConfig(max_tokens=recipe.eval.max_tokens, seed=recipe.seed).at(model.config.block_size)
     reference = reference_setting(base)
     if strategies is None:
-        given = [replace(c, n=1, seed=recipe.seed).at(base.block_size) for c in recipe.eval.settings(recipe.seed)]
-        grid = [c for c in dict.fromkeys(c.canonical() for c in given) if c != reference]
+        grid = distinct([replace(c, n=1, seed=recipe.seed) for c in recipe.eval.settings(recipe.seed)], base)
     else:
         grid = candidates(base, strategies, blocks)
     if not grid:
-        raise T3DError(
-            "there is nothing to choose: the only setting is the reference; add to eval.grid, or a --strategy"
-        )
+        raise T3DError("nothing to choose: the only setting is the reference; add to eval.grid, or a --strategy")
     _check_enough(len(problems), len(grid), alpha, delta)
     prompts = [task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [reference, *grid])

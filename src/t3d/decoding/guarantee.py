@@ -85,12 +85,12 @@ def reference_setting(base: DecodingConfig) -> DecodingConfig:
 def candidates(base: DecodingConfig, strategies: Iterable[str], blocks: Iterable[int]) -> list[DecodingConfig]:
     """The grid: each strategy at each value of its own setting, or at each halving of the steps, times the blocks.
 
-    base: the other settings, resolved (`DecodingConfig.at`). The reference is not in it, nor anything twice.
+    base: the other settings.
 
     Raises:
         T3DError: for an unknown strategy, or blocks in flight that are out of bounds.
     """
-    found = {}
+    found = []
     for name, count in product(strategies, blocks):
         check_name("strategy", name, POLICIES)
         speed = POLICIES[name].speed()
@@ -100,6 +100,12 @@ def candidates(base: DecodingConfig, strategies: Iterable[str], blocks: Iterable
         else:
             values = [{speed.name: value} for value in speed.metadata["values"] or (speed.default,)]
         for value in values:
-            found[replace(base, strategy=name, blocks_in_flight=count, **value).canonical()] = True
+            found.append(replace(base, strategy=name, blocks_in_flight=count, **value))
+    return distinct(found, base)
+
+
+def distinct(configs: Iterable[DecodingConfig], base: DecodingConfig) -> list[DecodingConfig]:
+    """The settings without the reference of `base`, which is resolved (`DecodingConfig.at`), and nothing twice."""
+    found = dict.fromkeys(config.at(base.block_size).canonical() for config in configs)
     found.pop(reference_setting(base), None)
     return list(found)

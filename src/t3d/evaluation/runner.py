@@ -20,10 +20,9 @@ from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
-from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter, read_metadata
+from t3d.trajectories import Trajectory, TrajectoryDataset, TrajectoryWriter, as_begun
 from t3d.trajectories.fingerprint import model_fingerprint, tokenizer_fingerprint
 from t3d.trajectories.pieces import PIECES, Pieces
-from t3d.trajectories.schema import shards
 
 SAVE_SECONDS = 10.0  # a finished response waits about as long for the disk; a kill loses that, and what is in flight
 
@@ -104,9 +103,7 @@ def evaluate(
 def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> None:
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
-    if shards(folder):  # answers of a version that had fewer settings were made with these at their default
-        known = read_metadata(folder).get("decoding") or {}
-        settings = {k: v for k, v in settings.items() if k in known or k in config.differing([k])}
+    settings = as_begun(folder, "decoding", settings, config.differing(settings))
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
         done, total = writer.done(), len(problems) * config.n
         jobs = [

@@ -15,11 +15,10 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
-from t3d.pipeline.settings import continued, settings
+from t3d.pipeline.settings import differences, settings
 from t3d.pipeline.versions import versions
-from t3d.trajectories import TrajectoryDataset, TrajectoryWriter, read_metadata
+from t3d.trajectories import TrajectoryDataset, TrajectoryWriter, as_begun
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint, tokenizer_fingerprint
-from t3d.trajectories.schema import shards
 
 
 def sequence_seed(base: int | str, prompt_id: str, sample: int) -> int:
@@ -138,7 +137,7 @@ def adopt(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
 def _settings(recipe: Recipe, folder: Path) -> dict:
     """What the trajectories depend on; of a folder that is there, as the version that began it knew it."""
     now = settings(recipe, "rollout")
-    return continued(now, read_metadata(folder).get("recipe") or now) if shards(folder) else now
+    return as_begun(folder, "recipe", now, {key for key, *_ in differences({}, now)})
 
 
 def _say(dataset: TrajectoryDataset) -> None:

@@ -73,12 +73,6 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     return {key: value for key, value in flat.items() if not key.startswith(ignored)}
 
 
-def continued(new: dict, old: dict) -> dict:
-    """`new` without the keys that `old`, of an earlier version, lacks and that change nothing."""
-    changed = {key for key, _, _ in differences(old, new)}
-    return {key: value for key, value in new.items() if key in old or key in changed}
-
-
 def differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of what differs between a record's settings and a recipe's, but for what may grow.
 

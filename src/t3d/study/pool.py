@@ -130,10 +130,11 @@ def pools(study: Study) -> list[Pool]:
             rows.setdefault(job.seed, row)
             answers.setdefault(job.seed, run / "eval" / row["results"])
     order = {name: place for place, name in enumerate(dict.fromkeys(("teacher", *study.variants)))}
-    sizes = {size for *_, size in found}
+    sizes = {size for *_, size in found}  # models of several; a setting that changes a model's own says so itself
     made = []
     for (name, known, where, size), (rows, answers) in sorted(found.items(), key=lambda item: order[item[0][0]]):
-        where += f", block {size}" if len(sizes) > 1 else ""
+        own = all("block_size" not in row.get("other", {}) for row in rows.values())
+        where += f", block {size}" if len(sizes) > 1 and own else ""
         made.append(Pool(name, known, where, rows, answers))
     return made
 

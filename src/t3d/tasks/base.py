@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from t3d.decoding.config import DecodingConfig
-from t3d.errors import T3DError, characters, nearest
+from t3d.errors import T3DError, nearest
 
 SPLITS = ("train", "dev", "test")
 THINK = "<think>\n"
@@ -90,7 +90,7 @@ class Task:
     def prompt(self, problem: Problem, tokenizer) -> list[int]:
         """Prompt ids: template, the tokenizer's chat template (if any) up to the answer, and the answer's start."""
         text = _rendered(self.prompt_text(problem), tokenizer) + self.answer_start(problem)
-        return tokenizer(characters(text, f"prompt {problem.id}"), add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def guided(self, decoding: DecodingConfig, tokenizer) -> DecodingConfig:
         """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""

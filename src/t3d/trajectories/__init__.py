@@ -1,4 +1,4 @@
-from t3d.trajectories.dataset import TrajectoryDataset, read_metadata, read_trajectories
+from t3d.trajectories.dataset import TrajectoryDataset, as_begun, read_metadata, read_trajectories
 from t3d.trajectories.record import NFE, Trajectory, validate
 from t3d.trajectories.store import TrajectoryWriter
 
@@ -7,6 +7,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryDataset",
     "TrajectoryWriter",
+    "as_begun",
     "read_metadata",
     "read_trajectories",
     "validate",

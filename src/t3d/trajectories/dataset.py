@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +136,18 @@ def _natural(prompt_id: str) -> list[tuple[int, int | str]]:
 def read_trajectories(folder: Path | str) -> Iterator[Trajectory]:
     """Every trajectory of a folder or file, once, in `TrajectoryDataset`'s order."""
     return iter(TrajectoryDataset(folder))
+
+
+def as_begun(folder: Path | str, part: str, now: dict, changed: Container[str]) -> dict:
+    """`now`, the settings that metadata[part] holds, as the version that began the folder would have written them.
+
+    A later version's keys, which its metadata lack, are left out, but for those in `changed`: they are not at what
+    earlier versions did. Where nothing was begun, all are kept.
+    """
+    if not shards(folder):
+        return now
+    known = read_metadata(folder).get(part) or now
+    return {key: value for key, value in now.items() if key in known or key in changed}
 
 
 def read_metadata(folder: Path | str) -> dict:

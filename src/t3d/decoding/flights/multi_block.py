@@ -105,9 +105,7 @@ class MultiBlock(Flight):
             segments = ask(blocks, sequence)
             copies = [without(blocks[0], provisional)] if len(provisional) else []
             logits = yield segments + copies
-            wrong = self.improbable(blocks[0], provisional, copies[0], logits) if copies else provisional
-            if len(wrong):
-                sequence.reopen(blocks[0], wrong)
+            reopened = bool(copies) and self.reopen(blocks[0], provisional, copies[0], logits, sequence)
             rows = [
                 row(
                     block,
@@ -119,7 +117,7 @@ class MultiBlock(Flight):
                 for depth, block in enumerate(blocks)
                 if not complete(block, policy)
             ]
-            if len(wrong):
+            if reopened:
                 rows[0] = Row(blocks[0], np.where(sequence.window(blocks[0]), copies[0].rows, -1))
             if rows:
                 yield rows
@@ -133,10 +131,13 @@ class MultiBlock(Flight):
             while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
                 blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
 
-    def improbable(self, block: Block, places: np.ndarray, copy: Segment, logits) -> np.ndarray:
-        """Those of the places whose tokens have too low a probability in the copy."""
+    def reopen(self, block: Block, places: np.ndarray, copy: Segment, logits, sequence) -> bool:
+        """Mask those of the places again whose tokens are improbable in the copy; whether there are any."""
         p = logits.rows(copy.rows[places]).softmax(-1).cpu().numpy()
-        return places[p[np.arange(len(places)), block.tokens[places]] < self.recheck]
+        wrong = places[p[np.arange(len(places)), block.tokens[places]] < self.recheck]
+        if len(wrong):
+            sequence.reopen(block, wrong)
+        return len(wrong) > 0
 
     def enters(self, blocks: list[Block], sequence) -> bool:
         if not blocks:
