@@ -27,8 +27,9 @@ from torch import Tensor
 
 from t3d.block_attention import NAME
 from t3d.distill import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate
-from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.batch import TrainingBatch, collate
+from t3d.distill.data import StateDataset
+from t3d.distill.objective import Ask
 from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.models import SDARConfig, SDARForCausalLM
 from t3d.trajectories import NFE, Trajectory
@@ -180,7 +181,7 @@ def our_loss(student, reference, batch: TrainingBatch, config: T3DConfig) -> dic
         with torch.no_grad():
             return forward(reference, head)
 
-    loss, metrics = OBJECTIVES["t3d"].loss(batch, partial(forward, student), frozen, config, MASK)
+    loss, metrics = config.method.loss(batch, Ask(partial(forward, student), frozen, MASK))
     return {"loss": loss, "ddo": metrics["loss/ddo"], "path": metrics["loss/path"]}
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t3d.config import OWNED, SECTIONS, describe, keys, load_recipe
-from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.objective import OBJECTIVES
 from t3d.errors import T3DError
 from t3d.pipeline.settings import differences
 from t3d.study import load_study

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig
+from t3d.distill.config import General
 from t3d.errors import T3DError, nearest
 from t3d.evaluation import EvalConfig
 from t3d.report.config import ReportConfig
@@ -187,6 +188,7 @@ class Key:
     help: str
     own: bool = True  # False: inherited from transformers' TrainingArguments
     before: Any = None  # what versions without this key did, plain
+    owners: tuple[str, ...] = ()  # the components whose setting it is; empty: of all
 
     @property
     def dotted(self) -> str:
@@ -208,11 +210,12 @@ def keys(section: str = "") -> dict[str, Key]:
         if not f.init or (section == "train" and f.name in OWNED) or (not section and f.name in SECTIONS):
             continue
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        default = TypeAdapter(Any).dump_python(None if default is dataclasses.MISSING else default, mode="json")
-        own = f.name not in inherited or f.name in T3DConfig.__annotations__
+        default = plain(None if default is dataclasses.MISSING else default)
+        own = f.name not in inherited or f.name in General.__annotations__
         text = " ".join(str(f.metadata.get("help", "")).split())
         before = f.metadata.get("before", default)
-        found.append(Key(section, f.name, hints[f.name], default, text, own, before))
+        owners = tuple(owner.owners(f.name)) if hasattr(owner, "owners") else ()
+        found.append(Key(section, f.name, hints[f.name], default, text, own, before, owners))
     return {key.name: key for key in sorted(found, key=lambda key: (key.name in inherited, not key.own))}
 
 
@@ -259,6 +262,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             prefix = "" if str(error).startswith(f"{section}.") else f"{section}: "
             raise T3DError(f"{path}: {prefix}{error}") from error
     return Recipe(**built)
+
+
+def plain(value):
+    """As YAML and JSON have it."""
+    return TypeAdapter(Any).dump_python(value, mode="json")
 
 
 def read_yaml(path: Path) -> dict:
@@ -337,7 +345,8 @@ def describe(everything: bool = False) -> str:
         indent = "  " if section else ""
         for key in keys(section).values():
             if key.own or everything:
-                comment = f"{type_name(key.type)}: {key.help}"
+                mine = f"{', '.join(key.owners)}: " if key.owners else ""
+                comment = f"{type_name(key.type)}: {mine}{key.help}"
                 lines += textwrap.wrap(comment, 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
                 value = yaml.safe_dump(key.default, default_flow_style=True, width=10**6).splitlines()[0]
                 lines.append(f"{indent}{key.name}: {value}")

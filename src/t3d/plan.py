@@ -14,7 +14,6 @@ from transformers import PretrainedConfig
 from t3d.config import Recipe
 from t3d.distill.logprobs import CHUNK
 from t3d.distill.lora import add_adapter
-from t3d.distill.objectives import OBJECTIVES
 from t3d.embedded import checkpoint
 from t3d.engine.kv_cache import cache_shape
 from t3d.errors import T3DError, nearest
@@ -171,10 +170,10 @@ def _optimizer(arguments) -> tuple[float, str]:
 
 def _reference(found: Sizes, arguments, parts: int, size: int):
     share = f" / {parts} GPUs" if parts > 1 else ""
-    if not OBJECTIVES[arguments.objective].needs_reference:
+    if not arguments.method.needs_reference:
         yield Part("train", "reference", 0, f"{arguments.objective} has none")
     elif arguments.lora_rank:
-        own = found.trainable if arguments.round_interval else 0
+        own = found.trainable if arguments.method.round_interval else 0
         how = f"a second adapter: {own:,} x 4 bytes{share}" if own else "the model without its adapter"
         yield Part("train", "reference", own * 4 / parts, how)
     elif arguments.reference_offload:

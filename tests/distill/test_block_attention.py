@@ -10,7 +10,8 @@ from test_layout import MASK, PAD, random_trajectory
 
 from t3d.blocks import Layout
 from t3d.distill import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate, when_committed
+from t3d.distill.batch import TrainingBatch, collate, when_committed
+from t3d.distill.data import StateDataset
 from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.errors import T3DError
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from t3d.blocks import block_causal_mask
 from t3d.distill import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.batch import TrainingBatch, collate
+from t3d.distill.data import StateDataset
 from t3d.trajectories import NFE, Trajectory
 
 MASK, PAD = 63, 0

@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from t3d.blocks import Layout
 from t3d.distill import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.batch import TrainingBatch, collate
+from t3d.distill.contexts import turns
+from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import CHUNK
-from t3d.distill.objectives import OBJECTIVES, mean_field
+from t3d.distill.objective import Ask
+from t3d.distill.objectives import mean_field
 from t3d.distill.objectives.mean_field import _terms, masked_one_by_one, place_in_block
-from t3d.distill.trainer import turns
 from t3d.trajectories import NFE, Trajectory
 
 
@@ -75,7 +77,7 @@ def test_the_gradient_is_that_of_the_reverse_kl_to_the_joint(monkeypatch):
     total = torch.zeros_like(logits)
     for x, probability in zip(fills, of_fill.detach().exp(), strict=True):
         monkeypatch.setattr(mean_field, "choose_tokens", lambda *_, x=x: torch.tensor(x))
-        loss, _ = OBJECTIVES["mean_field"].loss(batch, lambda take: take(logits, head), teacher, config, words)
+        loss, _ = config.method.loss(batch, Ask(lambda take: take(logits, head), teacher, words))
         total += probability * torch.autograd.grad(loss * n, logits)[0]  # the loss is a mean over positions
     torch.testing.assert_close(total, exact, atol=1e-5, rtol=1e-5)
 
@@ -91,6 +93,7 @@ def test_it_fits_the_vocabulary_of_a_real_model():
         batch,
         block=torch.arange(positions) // 4,
         target=torch.randint(0, vocabulary, (positions,)),
+        weight=torch.ones(positions),
         labelled=torch.ones(positions),
         input_ids=torch.zeros(1, positions, dtype=torch.long),
         select=torch.arange(positions),
@@ -111,7 +114,7 @@ def test_it_fits_the_vocabulary_of_a_real_model():
 
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(mean_field, "masked_one_by_one", lambda *_: None)
-        loss, _ = OBJECTIVES["mean_field"].loss(batch, lambda take: take(hidden, weight), teacher, config, 3)
+        loss, _ = config.method.loss(batch, Ask(lambda take: take(hidden, weight), teacher, 3))
         loss.backward()
     assert loss.isfinite()
     assert hidden.grad.isfinite().all()
@@ -159,7 +162,7 @@ def test_the_loss_is_its_formula(share):
     batch.labelled[::2] = 1.0
     student, teacher = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():
-        loss, metrics = OBJECTIVES["mean_field"].loss(batch, run(student, batch), runner(teacher, batch), config, MASK)
+        loss, metrics = config.method.loss(batch, Ask(run(student, batch), runner(teacher, batch), MASK))
         logits = student(batch.input_ids, batch.layout.boolean_mask(), batch.position).logits.double()
         logits[..., MASK] = -torch.inf
         logq = logits.log_softmax(-1).flatten(0, 1)[batch.select]
@@ -191,8 +194,7 @@ def test_chunked_terms_have_the_dense_gradient(share):
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
     teacher_hidden, target = torch.randn(5, 8), torch.randint(0, 11, (5,))
-    config = T3DConfig(output_dir="unused", objective="mean_field", use_cpu=True, mf_forward=share, mf_floor=-1e3)
-    kl, logp = _terms(hidden, weight, teacher_hidden, weight.detach(), target, 11, config)
+    kl, logp = _terms(hidden, weight, teacher_hidden, weight.detach(), target, 11, share, -1e3)
     logq = (hidden @ weight[:11].T).log_softmax(-1)
     other = (teacher_hidden @ weight[:11].detach().T).log_softmax(-1)
     expected = ((1 - share) * logq.exp() * (logq - other) + share * other.exp() * (other - logq)).sum(-1)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_layout import MASK, PAD, decoder_logits, random_trajectory
 
 from t3d.distill import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate
+from t3d.distill.batch import TrainingBatch, collate
+from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import choose_tokens, token_logprobs
-from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.objective import OBJECTIVES, Ask
 from t3d.distill.sampler import Draw
 
 
@@ -86,7 +87,7 @@ def test_t3d_is_its_formula(seed, k, copies, unit, reduction):
     )
     student, reference = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():
-        loss, metrics = OBJECTIVES["t3d"].loss(batch, run(student, batch), run(reference, batch), config, MASK)
+        loss, metrics = config.method.loss(batch, Ask(run(student, batch), run(reference, batch), MASK))
         lp_s, lp_r = dense_logprobs(student, batch), dense_logprobs(reference, batch)
 
     ddo_terms, path_terms = [], []
@@ -118,7 +119,7 @@ def test_sft_is_block_diffusion_cross_entropy(seed):
     trajectories, config, batch = make_case(seed, objective="sft", states_per_sequence=2)
     model = make_model(seed=3)
     with torch.no_grad():
-        loss, _ = OBJECTIVES["sft"].loss(batch, run(model, batch), None, config, MASK)
+        loss, _ = config.method.loss(batch, Ask(run(model, batch), None, MASK))
         logp = dense_logprobs(model, batch)
     masks = {}  # every masked token counts in its block's 1/|M|, supervised or not
     for r, c in (batch.input_ids == MASK).nonzero().tolist():
@@ -140,7 +141,7 @@ def test_soft_is_the_divergence_to_the_reference(kind, top_k, state):
         3, objective="soft", soft_divergence=kind, soft_top_k=top_k, soft_state=state, states_per_sequence=2
     )
     student, reference = make_model(seed=1), make_model(seed=2)
-    loss, _ = OBJECTIVES["soft"].loss(batch, run(student, batch), run(reference, batch), config, MASK)
+    loss, _ = config.method.loss(batch, Ask(run(student, batch), run(reference, batch), MASK))
     q, p = (dense_logprobs(m, batch).detach().exp().flatten(0, 1)[batch.select] for m in (student, reference))
     if state == "committed":
         p, selected = [], set(batch.select.tolist())
@@ -213,7 +214,7 @@ def test_dparallel_is_its_formula(seed, copies):
     trajectories, config, batch = make_case(seed, objective="dparallel", states_per_sequence=copies)
     model = teach(make_model(seed=3), trajectories, batch)
     with torch.no_grad():
-        loss, metrics = OBJECTIVES["dparallel"].loss(batch, run(model, batch), None, config, MASK)
+        loss, metrics = config.method.loss(batch, Ask(run(model, batch), None, MASK))
         logp = dense_logprobs(model, batch)
     noisy = noisy_tokens(trajectories, batch)
 
@@ -276,7 +277,7 @@ def test_pseudo_trajectory_grows_from_half_a_block_to_all_of_it(seed, copies, pr
 
     model = teach(make_model(seed=3, block_size=8), trajectories, batch)
     with torch.no_grad():
-        loss, _ = OBJECTIVES["pseudo_trajectory"].loss(batch, run(model, batch), None, config, MASK)
+        loss, _ = config.method.loss(batch, Ask(run(model, batch), None, MASK))
         logp = dense_logprobs(model, batch)
 
     def counted(d, copy, place):
@@ -314,7 +315,7 @@ def test_tad_is_its_formula(seed, near, copies):
     )
     student, teacher = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():
-        loss, _ = OBJECTIVES["tad"].loss(batch, run(student, batch), run(teacher, batch), config, MASK)
+        loss, _ = config.method.loss(batch, Ask(run(student, batch), run(teacher, batch), MASK))
         logq, logp = dense_logprobs(student, batch), dense_logprobs(teacher, batch)
     ce, kl = [], []
     for (d, _), tokens in noisy_tokens(trajectories, batch).items():
@@ -342,7 +343,7 @@ def test_consistency_is_its_formula(seed, copies, denoising):
     )
     student, teacher = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():
-        loss, _ = OBJECTIVES["consistency"].loss(batch, run(student, batch), run(teacher, batch), config, MASK)
+        loss, _ = config.method.loss(batch, Ask(run(student, batch), run(teacher, batch), MASK))
         logq = dense_logprobs(student, batch)
     noisy = noisy_tokens(trajectories, batch)
     distil, agree, ce = [], [], []
@@ -382,7 +383,7 @@ def test_the_later_state_is_not_pulled_to_the_earlier_one():
 
         return run(student, batch)(keep)
 
-    loss, _ = OBJECTIVES["consistency"].loss(batch, forward, run(teacher, batch), config, MASK)
+    loss, _ = config.method.loss(batch, Ask(forward, run(teacher, batch), MASK))
     loss.backward()
     moved = hidden[0].grad.abs().sum(1) > 0
     assert torch.equal(moved, batch.part == 1)
@@ -399,7 +400,7 @@ def test_a_batch_without_supervised_positions_costs_nothing(name):
         example[key] = example[key][:0]
     batch = TrainingBatch(**collate([example], PAD, 4))
     student, reference = make_model(seed=1), make_model(seed=2)
-    loss, metrics = OBJECTIVES[name].loss(batch, run(student, batch), run(reference, batch), config, MASK)
+    loss, metrics = config.method.loss(batch, Ask(run(student, batch), run(reference, batch), MASK))
     loss.backward()
     assert loss.item() == 0 or name in ("t3d", "ddo")
     assert all(np.isfinite(value.item()) for value in metrics.values())

@@ -18,7 +18,7 @@ POLICY = '''
 from dataclasses import dataclass
 
 from t3d.decoding.policy import Policy, register
-from t3d.decoding.settings import setting
+from t3d.components import setting
 
 
 @register("mine")

@@ -53,9 +53,10 @@ def settings_of(context: typer.Context, file: Path | None, texts: list[str] | No
 
     Raises T3DError for what can be seen to be wrong before a model is loaded.
     """
+    from t3d.components import check_name
     from t3d.decoding import load_decoding, parse_settings
     from t3d.decoding.flight import FLIGHTS
-    from t3d.decoding.policy import POLICIES, check_name
+    from t3d.decoding.policy import POLICIES
 
     settings = {} if file is None else asdict(load_decoding(file))
     settings |= {name: value for name, value in context.meta[_KEY].items() if value not in (None, [], ())}

@@ -7,10 +7,10 @@ from typing import get_type_hints
 
 import yaml
 
+from t3d.components import check_name, check_value, load_all, merged, owners, setting
 from t3d.decoding import flights, policies
 from t3d.decoding.flight import FLIGHTS, Flight
-from t3d.decoding.policy import POLICIES, Policy, check_name, load_all
-from t3d.decoding.settings import check_value, merged, setting
+from t3d.decoding.policy import POLICIES, Policy
 from t3d.errors import T3DError, nearest
 from t3d.typed import taken
 
@@ -125,8 +125,7 @@ class _General:
     @classmethod
     def owners(cls, name: str) -> list[str]:
         """The policies and flights whose setting `name` is; empty for one that all take."""
-        every = [*POLICIES.values(), *FLIGHTS.values()]
-        return [c.name for c in every if name in {f.name for f in fields(c)}]
+        return owners([*POLICIES.values(), *FLIGHTS.values()], name)
 
 
 OWNED = merged([*POLICIES.values(), *FLIGHTS.values()])  # the settings that policies and flights bring along

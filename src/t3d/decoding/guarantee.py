@@ -12,8 +12,9 @@ from dataclasses import replace
 from itertools import product
 from math import ceil, exp, fsum, lgamma, log, log1p
 
+from t3d.components import check_name
 from t3d.decoding.config import DecodingConfig
-from t3d.decoding.policy import POLICIES, check_name
+from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError
 
 MOST_PROBLEMS = 100_000  # beyond, `problems_needed` stops looking

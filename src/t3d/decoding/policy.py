@@ -5,18 +5,15 @@ is one block in flight of one sequence. The caller keeps the laws (`laws.py`), s
 Adding one is a file in `policies/`, or a module that an installed package names under the entry point `t3d.policies`.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from copy import copy
 from dataclasses import Field, dataclass, fields
-from importlib.metadata import entry_points
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from t3d.errors import T3DError, nearest
+from t3d.errors import T3DError
 
 # What a policy may ask for besides confidences (`Policy.needs`)
 ENTROPY = "entropy"  # nats of the untempered distribution at masked places
@@ -164,20 +161,6 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
         return cls
 
     return add
-
-
-def load_all(package: str, group: str) -> None:
-    """Import every module of a package, and those that installed packages name under an entry point."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
-    for point in entry_points(group=group):
-        point.load()
-
-
-def check_name(kind: str, name: str, known: dict) -> None:
-    """Raises T3DError, with the nearest name, if `name` is none of the known."""
-    if name not in known:
-        raise T3DError(f"unknown {kind} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def step_quota(block_size: int, steps: int, step: int) -> int:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t3d.distill.data import TrainingBatch
+from t3d.distill.batch import TrainingBatch
 from t3d.errors import T3DError
 
 INPUT = ("input_ids", "document", "copy", "position", "select", "target")  # fields that the values depend on

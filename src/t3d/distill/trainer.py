@@ -1,38 +1,33 @@
 """`T3DTrainer`: transformers' Trainer fed with states of trajectories, beside a frozen reference."""
 
 import math
-import resource
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from t3d.blocks import PADDING
-from t3d.decoding import DecodingConfig
-from t3d.decoding.sampling import derive_seed
-from t3d.distill.averages import Averages, means
+from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
-from t3d.distill.data import StateDataset, TrainingBatch, collate
-from t3d.distill.logprobs import choose_tokens
-from t3d.distill.lora import STUDENT, add_adapter, merged, plain
-from t3d.distill.objectives import OBJECTIVES
+from t3d.distill.contexts import own_contexts, turns
+from t3d.distill.data import StateDataset
+from t3d.distill.lora import add_adapter, plain
+from t3d.distill.meter import Meter, means
+from t3d.distill.objective import Ask, total_loss
 from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
 from t3d.distill.recompute import recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
+from t3d.distill.saving import empty_like, whole_student
 from t3d.distill.sharding import Sharding
-from t3d.engine import Engine
 from t3d.errors import T3DError
-from t3d.models import FAMILIES, save_model
+from t3d.models import save_model
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
 
 ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
@@ -59,7 +54,7 @@ class T3DTrainer(Trainer):
         held_out: Callable | None = None,
         **kwargs,
     ):
-        self.objective = OBJECTIVES[args.objective]
+        self.objective = args.method
         self.mask_id = model.config.mask_token_id
         self.held_out = held_out
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
@@ -73,7 +68,7 @@ class T3DTrainer(Trainer):
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
         self._values: ReferenceValues | None = None
-        if args.reference_cache:
+        if self.objective.lasting_reference and args.reference_cache:
             made_by = model_fingerprint(model if reference is None else reference)
             settings = (args.reference_temperature, args.bf16, args.fp16, self.mask_id)
             self._values = ReferenceValues(args.reference_cache, made_by, *settings)
@@ -117,24 +112,21 @@ class T3DTrainer(Trainer):
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
             self.add_callback(_Evaluate())
-        self._averages = Averages()
-        self._tokens, self._since = 0, None  # seen since the last log, and when that was
-        self._forwarded = 0  # tokens, through any model; see `floating_point_ops`
+        self._meter = Meter(self.accelerator)
         self._decoder: nn.Module | None = None
         self._resumed: str | None = None
 
     def floating_point_ops(self, inputs) -> float:
         """Of the last micro-batch, `total_flos` of the state adds them up: 2 per weight and token, the reference's and
         the engine's forwards included, a backward pass as two forwards; without embeddings and attention scores."""
-        tokens, self._forwarded = self._forwarded, 0
         network = plain(self.sharding.unwrap(self.model))
-        return 2.0 * tokens * network.num_parameters(exclude_embeddings=True)
+        return self._meter.operations(network.num_parameters(exclude_embeddings=True))
 
     def _make_reference(self, given: nn.Module | None) -> Reference:
         args = self.args
         if given is None and hasattr(self.model, "peft_config"):
-            return AdapterReference(self.model, self.sharding, own_adapter=args.round_interval > 0)
-        if args.reference_cache and self.sharding.sharded:
+            return AdapterReference(self.model, self.sharding, own_adapter=self.objective.round_interval > 0)
+        if self._values is not None and self.sharding.sharded:
             raise T3DError(
                 "train.reference_cache is for a reference that is whole on every GPU: in shards all must ask it "
                 "whenever one must"
@@ -156,27 +148,12 @@ class T3DTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch's prompts with responses that the student decodes now, in few steps (for on-policy objectives).
-
-        They depend on the step and on each prompt's place in the dataset, not on which process has it.
-        """
-        base, items = [self.args.seed, self.state.global_step], batch.item.tolist()
-        given = [self.train_dataset.trajectory(item) for item in items]
-        decoding = DecodingConfig(
-            steps=min(int(np.random.default_rng(base).choice(self.args.on_policy_steps)), batch.block_size),
-            temperature=self.args.on_policy_temperature,
-            max_tokens=max(len(trajectory.response_ids) for trajectory in given),
+        """The batch's prompts with responses that the student decodes now."""
+        items = batch.item.tolist()
+        examples, forwarded = own_contexts(
+            self.decoder(), self.train_dataset, items, self.objective, [self.args.seed, self.state.global_step]
         )
-        engine = Engine(self.decoder(), max_batch_size=len(given))
-        seeds = [derive_seed(*base, item) for item in items]
-        trajectories = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
-        for trajectory in trajectories:
-            blocks = trajectory.nfe.predicting + trajectory.nfe.commit
-            self._forwarded += len(trajectory.prompt_ids) + blocks * batch.block_size
-        examples = [
-            self.train_dataset.states(trajectory, np.random.default_rng([*base, item]))
-            for trajectory, item in zip(trajectories, items, strict=True)
-        ]
+        self._meter.forwarded(forwarded)
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
 
     def decoder(self) -> nn.Module:
@@ -190,7 +167,7 @@ class T3DTrainer(Trainer):
             )
         if self._decoder is None:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
-            self._decoder = _empty_like(self.sharding.unwrap(self.model_wrapped), self.args.device, dtype)
+            self._decoder = empty_like(self.sharding.unwrap(self.model_wrapped), self.args.device, dtype)
         own = dict(self._decoder.named_parameters())
         with torch.no_grad():
             for name, weight in self.sharding.whole_weights(self.model_wrapped):
@@ -199,20 +176,19 @@ class T3DTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and over how many units of the objective the step's loss is a mean."""
-        if self._since is None:
-            self._since = time.monotonic()
+        self._meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         units = torch.tensor(sum(self._units(batch) for batch in batches), dtype=torch.float64, device=device)
         return batches, self.accelerator.reduce(units, "sum").item()
 
-    def _units(self, inputs: dict) -> int:
+    def _units(self, inputs: dict) -> float:
         if self.objective.unit == "token":
-            return len(inputs["select"])
+            return float(inputs["weight"].sum())
         return int(inputs[self.objective.unit].max()) + 1 if len(inputs["select"]) else 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, units = TrainingBatch(**inputs), self._units(inputs)
-        if self.objective.on_policy and turns(self.state.global_step, self.args.on_policy_share):
+        if turns(self.state.global_step, self.objective.on_policy_share):
             batch = self._own_contexts(batch)
         implementation = plain(self.sharding.unwrap(model)).config._attn_implementation
 
@@ -222,7 +198,7 @@ class T3DTrainer(Trainer):
             if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
                 half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
-            self._forwarded += (1 + 2 * torch.is_grad_enabled()) * int((batch.document != PADDING).sum())
+            self._meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
             result = network(
                 input_ids=batch.input_ids,
                 attention_mask=mask,
@@ -238,7 +214,7 @@ class T3DTrainer(Trainer):
             return result
 
         def student(head):
-            return forward(model, self._watched(head, batch) if self._is_logged() else head)
+            return forward(model, self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head)
 
         def reference(head, *other):
             def ask():
@@ -248,14 +224,13 @@ class T3DTrainer(Trainer):
             return self._values.get(batch, ask) if self._values is not None else ask()
 
         if len(batch.select):
-            loss, metrics = self.objective.loss(batch, student, reference, self.args, self.mask_id)
+            loss, metrics = total_loss(self.objective, batch, Ask(student, reference, self.mask_id))
         else:  # nothing is masked; the other processes wait for this one's gradients all the same
             loss, metrics = forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0), {}
         self._check(loss, batch)
         for name, value in metrics.items():  # means over the loss's units, or over positions
-            count = units if name.startswith(("loss/", "margin/")) else len(batch.select)
-            self._averages.add(name, value * count, count)
-        self._tokens += int((batch.document != PADDING).sum())
+            self._meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
+        self._meter.seen(batch.tokens)
         if num_items_in_batch:  # Trainer divides by the accumulation, the backend by the processes: undo both
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (units * parts / num_items_in_batch)
@@ -264,23 +239,6 @@ class T3DTrainer(Trainer):
     def _is_logged(self) -> bool:
         """Whether the step being computed is the last before something is logged."""
         return self.state.logging_steps and (self.state.global_step + 1) % self.state.logging_steps == 0
-
-    def _watched(self, head, batch: TrainingBatch):
-        """The head, noting too how often the student's own choice is the trajectory's token, by commit rank."""
-
-        def watched(hidden: Tensor, weight: Tensor):
-            with torch.no_grad():
-                right = (choose_tokens(hidden.detach(), weight.detach(), self.mask_id) == batch.target).float()
-                size = batch.block_size
-                hits, all_ = (
-                    torch.zeros(size, device=right.device).index_add(0, batch.rank, x)
-                    for x in (right, torch.ones_like(right))
-                )
-            for rank in range(size):
-                self._averages.add(f"accuracy/rank_{rank}", hits[rank], all_[rank])
-            return head(hidden, weight)
-
-        return watched
 
     def _check(self, loss: Tensor, batch: TrainingBatch) -> None:
         if not math.isfinite(loss.item()):
@@ -294,12 +252,7 @@ class T3DTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            seconds, self._since = time.monotonic() - self._since, time.monotonic()
-            processes = self.accelerator.num_processes
-            self._averages.add("tokens_per_second", self._tokens / seconds * processes)
-            self._averages.add("memory_gb", _peak_memory() / 1e9)
-            self._tokens = 0
-            logs |= self._averages.drain()
+            logs |= self._meter.drain()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -308,7 +261,7 @@ class T3DTrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in means(parts).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since = time.monotonic()
+        self._meter.restart()
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
@@ -323,7 +276,7 @@ class T3DTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.reference is not None and self.args.round_interval:
+        if self.reference is not None and self.objective.round_interval:
             self.reference.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
@@ -332,27 +285,11 @@ class T3DTrainer(Trainer):
         base: loads the model that training began with, for an adapter to be merged into; the adapter itself goes to
         the folder ADAPTER beside the checkpoints.
         """
-        model = self.sharding.unwrap(self.model_wrapped)
-        adapted, weights = hasattr(model, "peft_config"), {}
-        for name, weight in self.sharding.whole_weights(self.model_wrapped):
-            if self.accelerator.is_main_process and (not adapted or f".{STUDENT}." in name):
-                weights[name] = weight.to("cpu", None if adapted else dtype)
-        if not self.accelerator.is_main_process:
-            return
-        if adapted:
-            adapter = Path(self.args.output_dir) / ADAPTER
-            model.save_pretrained(adapter, state_dict=weights, selected_adapters=[STUDENT])
-            student = merged(base(), adapter).to(dtype)
-        else:
-            student = _empty_like(model, "meta", dtype)
-            student.load_state_dict(weights, strict=False, assign=True)
-            student.tie_weights()
-        save_model(student, folder, self.processing_class)
-
-
-def turns(step: int, share: float) -> bool:
-    """Whether `step` (0, 1, ...) belongs to the share of steps that is spread evenly over all."""
-    return math.floor((step + 1) * share) > math.floor(step * share)
+        adapter = Path(self.args.output_dir) / ADAPTER
+        main = self.accelerator.is_main_process
+        student = whole_student(self.model_wrapped, self.sharding, main, dtype, base, adapter)
+        if student is not None:
+            save_model(student, folder, self.processing_class)
 
 
 class _Rounds(TrainerCallback):
@@ -366,8 +303,9 @@ class _Rounds(TrainerCallback):
             self.trainer.reference.load(Path(self.trainer._resumed))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.round_interval and state.global_step % args.round_interval == 0:
-            self.trainer.reference.refresh(self.trainer.model_wrapped, args.reference_ema)
+        objective = self.trainer.objective
+        if objective.round_interval and state.global_step % objective.round_interval == 0:
+            self.trainer.reference.refresh(self.trainer.model_wrapped, objective.reference_ema)
 
 
 class _Evaluate(TrainerCallback):
@@ -378,19 +316,3 @@ class _Evaluate(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         control.should_save = True
-
-
-def _empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
-    """A model of the same family and configuration, its weights not initialised; `model` may be sharded."""
-    family = next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
-    with torch.device(device):
-        made = family(model.config).to(dtype)
-    made.generation_config = model.generation_config
-    return made.eval().requires_grad_(False)
-
-
-def _peak_memory() -> int:
-    """Bytes: the most allocated so far on this process's GPU, else by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,7 +2,9 @@
 
 from transformers import set_seed
 
+from t3d.components import check_name
 from t3d.config import Recipe
+from t3d.distill.objective import OBJECTIVES
 from t3d.errors import T3DError
 from t3d.log import log, to_terminal
 from t3d.pipeline.card import describe_student
@@ -11,6 +13,7 @@ from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
 from t3d.pipeline.processes import Processes, count, rank
 from t3d.pipeline.rollout import check_rollout, rollout
+from t3d.pipeline.sources import source
 from t3d.pipeline.train import check_training, train
 from t3d.report import write_report
 
@@ -18,8 +21,8 @@ __all__ = ["STAGES", "RunFolder", "check_stages", "run_stages", "to_terminal"]
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a recipe has; `sft` learns from ground truth and needs no rollout."""
-    return STAGES[1:] if recipe.objective == "sft" else STAGES
+    """The stages that a recipe has; what learns from ground truth needs no rollout."""
+    return STAGES if source(recipe).rolls_out else STAGES[1:]
 
 
 def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = False) -> RunFolder:
@@ -28,6 +31,7 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
     Raises:
         T3DError: before anything is written, where a look at the recipe, the data, the models and the folder tells.
     """
+    check_name("train.objective", recipe.objective, OBJECTIVES)
     stages = stages_of(recipe)
     wanted = tuple(stage for stage in stages if stage in wanted)
     if not wanted:

@@ -13,8 +13,8 @@ from t3d.evaluation.summary import read_summary
 from t3d.models.files import read_json
 from t3d.models.recommended import recommend
 from t3d.pipeline.folder import RunFolder
+from t3d.pipeline.sources import source
 from t3d.pipeline.versions import versions
-from t3d.trajectories import TrajectoryDataset
 
 
 def describe_student(run: RunFolder, recipe: Recipe) -> None:
@@ -96,16 +96,7 @@ def _results(rows: list[dict], recipe: Recipe) -> str:
 
 def _data(run: RunFolder, recipe: Recipe) -> str:
     task = f"`{recipe.task.name}`" + (f" ({recipe.task.path})" if recipe.task.path else "")
-    if recipe.objective == "sft":
-        return f"Ground-truth responses of {task}."
-    found = TrajectoryDataset(run / "rollout")
-    verdicts = [verdict for verdict in found.column("correct") if verdict is not None]
-    verified = f", {sum(verdicts) / len(verdicts):.1%} of {len(verdicts):,} correct" if verdicts else ""
-    decoding = recipe.rollout
-    return (
-        f"{len(found):,} trajectories of the teacher on training problems of {task}{verified}; temperature "
-        f"{decoding.temperature:g}, {decoding.strategy}, {decoding.steps or 'all'} steps per block."
-    )
+    return source(recipe).describe(run / "rollout", recipe, task)
 
 
 def _training(run: RunFolder) -> str:

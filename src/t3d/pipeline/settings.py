@@ -1,10 +1,13 @@
 """Which keys of a recipe the result of a stage depends on."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
-from t3d.config import SECTIONS, Recipe, keys
-from t3d.distill.objectives import OBJECTIVES
+from t3d.config import SECTIONS, Recipe, keys, plain
+from t3d.distill.config import OWNED
+from t3d.distill.objective import OBJECTIVES, Objective
+from t3d.pipeline.sources import source
 
 # Keys that change neither the trajectories nor the student nor the rows: prefixes of dotted names.
 NEUTRAL = (
@@ -61,16 +64,20 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
     ignored = NEUTRAL + LATER[stage]
     if not student and stage == "eval":
         ignored += ("rollout.", "train.", "task.num_train")
-    mine = OBJECTIVES[recipe.objective].keys if recipe.objective in OBJECTIVES else ()  # training says what is wrong
-    ignored += tuple(f"train.{prefix}" for other in OBJECTIVES.values() for prefix in other.keys if prefix not in mine)
-    if recipe.objective == "sft":
+    if not source(recipe).rolls_out:
         ignored += ("rollout.",)
     if not recipe.rollout.retries:
         ignored += ("rollout.retr",)  # the runs of versions that knew none keep their names in a study
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {key: value for key, value in flat.items() if not key.startswith(ignored)}
+    others = _of_others(OBJECTIVES[recipe.objective])
+    return {key: value for key, value in flat.items() if not key.startswith(ignored) and key not in others}
+
+
+def _of_others(objective: type[Objective]) -> set[str]:
+    """The dotted keys that other objectives have and this one does not."""
+    return {f"train.{name}" for name in OWNED.keys() - {f.name for f in fields(objective)}}
 
 
 def differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
@@ -79,9 +86,15 @@ def differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
     A key that the record lacks is one of a later version, and means what versions without it did; what a recipe lacks
     is at its default.
     """
-    for dotted in sorted((old.keys() | new.keys()) - GROWING):
+    objective = OBJECTIVES.get(new.get("train.objective"), Objective)
+    own = {f"train.{f.name}": f for f in fields(objective)}
+    for dotted in sorted((old.keys() | new.keys()) - GROWING - _of_others(objective)):
         section, _, name = dotted.rpartition(".")
         key = keys(section).get(name) if section in ("", *SECTIONS) else None
         before, now = old.get(dotted, key and key.before), new.get(dotted, key and key.default)
+        if dotted in own:  # none is the objective's own default
+            default = plain(own[dotted].default)
+            before = old.get(dotted, own[dotted].metadata.get("before", default))
+            before, now = (default if value is None else value for value in (before, now))
         if before != now:
             yield dotted, before, now

@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import torch
 from tqdm import tqdm
@@ -14,16 +13,14 @@ from t3d.config import Recipe
 from t3d.distill import T3DTrainer
 from t3d.distill.held_out import HeldOut
 from t3d.distill.lora import quantisation
-from t3d.distill.solutions import SolutionDataset
 from t3d.errors import T3DError
 from t3d.log import log
-from t3d.models import stop_ids
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
 from t3d.pipeline.processes import Processes
 from t3d.pipeline.rollout import rollout
+from t3d.pipeline.sources import source
 from t3d.tasks import get_task
-from t3d.trajectories import TrajectoryDataset
 
 WHOLE = "whole"  # the file that says a checkpoint was saved to its end
 
@@ -62,7 +59,8 @@ class _Round:
         if self.number:
             self._rollout()
         model, tokenizer = load_student(self.recipe, self.inputs, self.arguments, self.processes.several)
-        data = self._data(model, tokenizer)
+        folder = self.run / (f"rollout-{self.number}" if self.number else "rollout")
+        data = source(self.recipe).data(folder, self.recipe, self.inputs, model, tokenizer)
         trainer = T3DTrainer(
             model, self.arguments, data, processing_class=tokenizer, held_out=self._held_out(tokenizer),
         )  # fmt: skip
@@ -98,18 +96,6 @@ class _Round:
             rollout(self.run, recipe, Inputs(recipe), self.number)
         self.processes.wait()
 
-    def _data(self, model, tokenizer):
-        """The trajectories; for `sft` the task's ground-truth responses in their form."""
-        if self.recipe.objective != "sft":
-            return TrajectoryDataset(self.run / (f"rollout-{self.number}" if self.number else "rollout"))
-        stops = stop_ids(model)
-        if not stops:
-            raise T3DError(
-                "model: neither generation_config.json nor config.json gives an eos_token_id to end responses"
-            )
-        recipe, task = self.recipe, self.inputs.task
-        return SolutionDataset(task, tokenizer, recipe.task.num_train, model.config.block_size, stops[0], recipe.seed)
-
     def _held_out(self, tokenizer) -> HeldOut | None:
         return held_out(self.recipe, self.arguments, tokenizer) if self.arguments.eval_every else None
 
@@ -141,13 +127,7 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
     arguments = recipe.training_arguments(recipe.run_dir)
     for name in sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
         raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
-    if recipe.objective == "sft":
-        inputs.task.solution(inputs.train_problems[0], Random(0))
-    if arguments.rollout_rounds > 1:
-        if recipe.objective == "sft":
-            raise T3DError("train.rollout_rounds: sft learns from ground truth and has no rollouts; set it to 1")
-        if not arguments.rollout_rounds <= arguments.max_steps:
-            raise T3DError("train.rollout_rounds needs train.max_steps, of at least one step for each round")
+    source(recipe).check(arguments, inputs)
     if arguments.eval_every:
         held_out(recipe, arguments, inputs.teacher[1])
 

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from t3d.config import Recipe, load_recipe, read_yaml
 from t3d.errors import T3DError, nearest
 from t3d.pipeline.settings import settings
+from t3d.pipeline.sources import source
 
 VERIFIED, LABEL_FREE, SOLUTIONS = "verified trajectories", "no labels", "ground truth"
 
@@ -101,7 +102,7 @@ class Study:
         whole = recipe(f"{name}-seed{seed}", *more)
         if not self.train:
             return Job(name, seed, whole, None, train=False)
-        if whole.objective == "sft" or whole.rollout.source:
+        if not source(whole).rolls_out or whole.rollout.source:
             return Job(name, seed, whole, None)
         made_with = json.dumps(settings(whole, "rollout"), sort_keys=True)
         rollout = recipe(f"rollouts/seed{seed}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}")
@@ -112,7 +113,7 @@ class Study:
 
 def labels(recipe: Recipe) -> str:
     """What a student of this recipe knows beside the teacher."""
-    if recipe.objective == "sft":
+    if not source(recipe).rolls_out:
         return SOLUTIONS
     return VERIFIED if recipe.train["verified_only"] else LABEL_FREE
 

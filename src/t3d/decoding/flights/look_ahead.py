@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from t3d.components import setting
 from t3d.decoding.flight import Block, Flight, Row, Segment, register
 from t3d.decoding.flights.multi_block import ask, complete, row
 from t3d.decoding.policy import SHADOW, step_quota
-from t3d.decoding.settings import setting
 from t3d.errors import T3DError
 
 State = list[Block]  # where decoding is, or would be: complete blocks that are not final, and the one to decide next

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from t3d.blocks import Rule
+from t3d.components import setting
 from t3d.decoding.flight import Block, Flight, Row, Segment, register
 from t3d.decoding.policy import FILLED, SHADOW
-from t3d.decoding.settings import setting
 from t3d.errors import T3DError
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from t3d.components import setting
 from t3d.decoding.flight import Flight, Row, Segment, register
 from t3d.decoding.policy import FILLED, SHADOW
 from t3d.decoding.sampling import distribution
-from t3d.decoding.settings import setting
 from t3d.decoding.speculation import first_run, propose, settle, verification
 from t3d.errors import T3DError
 

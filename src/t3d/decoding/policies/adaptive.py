@@ -1,8 +1,8 @@
 from dataclasses import dataclass
 from math import inf
 
+from t3d.components import setting
 from t3d.decoding.policy import Policy, best, register
-from t3d.decoding.settings import setting
 
 
 @register("adaptive")

@@ -1,8 +1,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from t3d.components import setting
 from t3d.decoding.policy import Memory, Policy, at_least_one, register
-from t3d.decoding.settings import setting
 
 
 @register("bacd")

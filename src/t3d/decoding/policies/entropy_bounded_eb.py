@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
+from t3d.components import setting
 from t3d.decoding.policy import ENTROPY, Policy, register, sorted_entropy
-from t3d.decoding.settings import setting
 
 
 @register("entropy_bounded_eb")

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
+from t3d.components import setting
 from t3d.decoding.policy import STOP, Policy, best, register
-from t3d.decoding.settings import setting
 
 
 @register("eos_rejection")

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import torch
 
+from t3d.components import setting
 from t3d.decoding.policy import Memory, Policy, best, register
-from t3d.decoding.settings import setting
 
 
 @register("klass")

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
+from t3d.components import setting
 from t3d.decoding.policy import Policy, best, register
-from t3d.decoding.settings import setting
 
 
 @register("low_confidence_dynamic")

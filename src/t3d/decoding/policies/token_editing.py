@@ -3,8 +3,8 @@ from typing import ClassVar
 
 import torch
 
+from t3d.components import setting
 from t3d.decoding.policy import FILLED, Decision, Memory, Policy, at_least_one, register
-from t3d.decoding.settings import setting
 
 
 @register("token_editing")

@@ -3,8 +3,8 @@ from typing import ClassVar
 
 import torch
 
+from t3d.components import setting
 from t3d.decoding.policy import SHADOW, Decision, Memory, Policy, at_least_one, best, register
-from t3d.decoding.settings import setting
 
 
 @register("wino")

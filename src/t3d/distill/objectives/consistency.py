@@ -1,18 +1,22 @@
 """`consistency`: agreement along the trajectory, inside a block (CDLM, arXiv 2511.19269)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from t3d.distill.config import T3DConfig
-from t3d.distill.data import TrainingBatch, when_committed
+from t3d.components import setting
+from t3d.distill.batch import TrainingBatch, when_committed
 from t3d.distill.logprobs import token_logprobs
-from t3d.distill.objectives.base import Forward, Objective, mean
+from t3d.distill.objective import Ask, Referenced, mean, register
 from t3d.distill.objectives.soft import divergence
 from t3d.distill.states import Response, State, step_index, uniform_mask
 
 NEW, STILL, LATER, RANDOM = 0, 1, 2, 3
 
 
-class Consistency(Objective):
+@register("consistency")
+@dataclass(frozen=True)
+class Consistency(Referenced):
     """With a state y, a later state y* of the same trajectory, U the tokens committed between them, S those masked in
     both,
 
@@ -28,41 +32,40 @@ class Consistency(Objective):
     A sequence has `states_per_sequence` pairs of noisy copies, each with a third copy where w_m is not 0.
     """
 
-    needs_reference = True
-    keys = ("cdlm_",)
     beyond_length = True  # the states in which tokens were committed show what stands behind the stop, too
 
-    def states(self, response: Response, rng: np.random.Generator, config: T3DConfig, progress: float = 1.0):
+    cdlm_distill: float = setting(1.0, "weight of the teacher's distribution at tokens that are next to come", low=0)
+    cdlm_consistency: float = setting(0.5, "weight of agreement with the student's own later state", low=0)
+    cdlm_denoising: float = setting(0.0, "weight of the cross-entropy at random masks; 0: none, and a copy less", low=0)
+
+    def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0):
         index, place, steps = step_index(response.block, response.step)
         states = []
-        for _ in range(config.states_per_sequence):
+        for _ in range(self.states_per_sequence):
             first = rng.integers(0, steps)
             later = rng.integers(first + 1, steps + 1)[place]
             still = index >= later
             states.append(State(index >= first[place], part=np.where(still, STILL, NEW)))
             states.append(State(still, part=LATER))
-            if config.cdlm_denoising:
+            if self.cdlm_denoising:
                 states.append(State(*uniform_mask(response.block, rng), part=RANDOM))
         return states
 
-    def random_ratio(self, config: T3DConfig) -> float:
-        return 0.0
-
-    def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
+    def loss(self, batch: TrainingBatch, ask: Ask):
         new, still, later, random = (batch.part == part for part in (NEW, STILL, LATER, RANDOM))
-        teacher, teacher_weight = reference(lambda h, w: (h, w), when_committed(batch, new, mask_id))
+        teacher, teacher_weight = ask.reference(lambda h, w: (h, w), when_committed(batch, new, ask.mask_id))
 
         def head(hidden, weight):
-            distil = divergence(hidden[new], weight, teacher, teacher_weight, mask_id)
+            distil = divergence(hidden[new], weight, teacher, teacher_weight, ask.mask_id)
             # a pair's copies list the same tokens in the same order
-            agree = divergence(hidden[still], weight, hidden[later].detach(), weight.detach(), mask_id)
-            return distil, agree, token_logprobs(hidden[random], weight, batch.target[random, None], mask_id)[:, 0]
+            agree = divergence(hidden[still], weight, hidden[later].detach(), weight.detach(), ask.mask_id)
+            return distil, agree, token_logprobs(hidden[random], weight, batch.target[random, None], ask.mask_id)[:, 0]
 
-        distil, agree, logp = student(head)
-        distil, agree = mean(distil), mean(agree)
+        distil, agree, logp = ask.student(head)
+        distil, agree = mean(distil, batch.weight[new]), mean(agree, batch.weight[still])
         metrics = {"loss/distil": distil.detach(), "loss/consistency": agree.detach()}
-        loss = config.cdlm_distill * distil + config.cdlm_consistency * agree
-        if config.cdlm_denoising:
+        loss = self.cdlm_distill * distil + self.cdlm_consistency * agree
+        if self.cdlm_denoising:
             ce = -(logp * batch.weight[random]).sum() / max(len(batch.block[random].unique()), 1)
-            loss, metrics["loss/ce"] = loss + config.cdlm_denoising * ce, ce.detach()
+            loss, metrics["loss/ce"] = loss + self.cdlm_denoising * ce, ce.detach()
         return loss, metrics

@@ -13,17 +13,21 @@ something, and q_i(v) is small for the right v. There forward KL has the gradien
 near p the two agree; so a share `mf_forward` of it is mixed in. At 0 the gradient is the identity's.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from t3d.distill.config import T3DConfig
-from t3d.distill.data import TrainingBatch, restate
+from t3d.components import setting
+from t3d.distill.batch import TrainingBatch, restate
 from t3d.distill.logprobs import WHOLE_CHUNK, choose_tokens, in_chunks, mask_free_logits
-from t3d.distill.objectives.base import Forward, Objective
+from t3d.distill.objective import AnyStates, Ask, OnPolicy, Referenced, mean, other_default, register
 from t3d.distill.objectives.soft import kl
 
 
-class MeanField(Objective):
+@register("mean_field")
+@dataclass(frozen=True)
+class MeanField(AnyStates, Referenced, OnPolicy):
     """`L = mean_i [(1 - w) KL(q_i || p) + w KL(p || q_i)] + mf_anchor * CE to the trajectories`, w = `mf_forward`.
 
     `p = p(. | state, x_{M\\i})`, its logarithm in KL(q_i || p) at least `mf_floor`.
@@ -31,31 +35,39 @@ class MeanField(Objective):
     a noisy block masks its c-th one again; one teacher forward over all copies gives every conditional.
     """
 
-    needs_reference = True
     beyond_length = True  # the teacher's conditionals need no labels, so what follows the stop is learned too
-    on_policy = True
-    keys = ("mf_", "on_policy_")
 
-    def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
-        hidden, weight = student(lambda h, w: (h, w))
-        fill = choose_tokens(hidden.detach(), weight.detach(), mask_id, config.mf_temperature)
-        turn = place_in_block(batch.block, shuffle=config.mf_copies > 0)
-        copies = config.mf_copies or int(turn.max()) + 1
+    on_policy_share: float = other_default(OnPolicy, "on_policy_share", 0.5)
+    mf_anchor: float = setting(0.5, "weight of the cross-entropy to the trajectories; 0: none")
+    mf_copies: int = setting(0, "teacher copies of each block per step; 0: one for every masked position", low=0)
+    mf_forward: float = setting(
+        0.3,
+        "share of forward KL in the divergence, which a student that is surely wrong learns from",
+        low=0,
+        high=1,
+        before=0.0,
+    )
+    mf_floor: float = setting(-12.0, "least teacher log-probability that counts")
+    mf_temperature: float = setting(0.0, "0 fills masks with the student's argmax; else a sample at it", low=0)
+
+    def loss(self, batch: TrainingBatch, ask: Ask):
+        hidden, weight = ask.student(lambda h, w: (h, w))
+        fill = choose_tokens(hidden.detach(), weight.detach(), ask.mask_id, self.mf_temperature)
+        turn = place_in_block(batch.block, shuffle=self.mf_copies > 0)
+        copies = self.mf_copies or int(turn.max()) + 1
         asked = turn < copies
-        teacher_hidden, teacher_weight = reference(
-            lambda h, w: (h, w), masked_one_by_one(batch, fill, turn, copies, mask_id)
+        teacher_hidden, teacher_weight = ask.reference(
+            lambda h, w: (h, w), masked_one_by_one(batch, fill, turn, copies, ask.mask_id)
         )
         divergence, logq = in_chunks(
-            lambda h, t, x: _terms(h, weight, t, teacher_weight, x, mask_id, config),
+            lambda h, t, x: _terms(h, weight, t, teacher_weight, x, ask.mask_id, self.mf_forward, self.mf_floor),
             hidden[asked],
             teacher_hidden,
             batch.target[asked],
             chunk=WHOLE_CHUNK,
         )
-        labelled = batch.labelled[asked]
-        anchor = -(logq * labelled).sum() / labelled.sum().clamp(min=1)
-        metrics = {"loss/kl": divergence.detach().mean(), "loss/anchor": anchor.detach()}
-        return divergence.mean() + config.mf_anchor * anchor, metrics
+        kl, anchor = mean(divergence, weights := batch.weight[asked]), -mean(logq, batch.labelled[asked] * weights)
+        return kl + self.mf_anchor * anchor, {"loss/kl": kl.detach(), "loss/anchor": anchor.detach()}
 
 
 def place_in_block(block: Tensor, shuffle: bool = False) -> Tensor:
@@ -83,12 +95,12 @@ def masked_one_by_one(batch: TrainingBatch, fill: Tensor, turn: Tensor, copies: 
     return restate(batch, versions, torch.where(turn < copies, turn, -1))
 
 
-def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, config: T3DConfig):
+def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, forward: float, floor: float):
     """The divergence over the whole vocabulary, and log q(target), each `(m,)`."""
     logq = mask_free_logits(hidden, weight, mask_id).log_softmax(-1)
     logp = mask_free_logits(teacher_hidden, teacher_weight, mask_id).log_softmax(-1)
     finite = logq.clamp(min=-1e4)  # the mask's -inf would make 0 * inf of the gradient
-    divergence = (1 - config.mf_forward) * kl(finite, logp.clamp(min=config.mf_floor))
-    if config.mf_forward:
-        divergence = divergence + config.mf_forward * kl(logp.clamp(min=-1e4), finite)
+    divergence = (1 - forward) * kl(finite, logp.clamp(min=floor))
+    if forward:
+        divergence = divergence + forward * kl(logp.clamp(min=-1e4), finite)
     return divergence, logq.gather(-1, target[:, None]).squeeze(-1)

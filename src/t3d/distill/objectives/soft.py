@@ -1,15 +1,19 @@
 """`soft`: divergence to the reference's distribution (classic logit distillation)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from t3d.distill.config import T3DConfig
-from t3d.distill.data import TrainingBatch, when_committed
+from t3d.components import setting
+from t3d.distill.batch import TrainingBatch, when_committed
 from t3d.distill.logprobs import WHOLE_CHUNK, in_chunks, mask_free_logits
-from t3d.distill.objectives.base import Forward, Objective, mean
+from t3d.distill.objective import AnyStates, Ask, OnPolicy, Referenced, mean, register
 
 
-class Soft(Objective):
+@register("soft")
+@dataclass(frozen=True)
+class Soft(AnyStates, Referenced, OnPolicy):
     """Mean over masked positions of a divergence between student q and reference p (Hinton et al., arXiv 1503.02531).
 
     `soft_divergence`: "forward" KL(p || q), "reverse" KL(q || p), or "js", half of each to their mean. With
@@ -18,18 +22,24 @@ class Soft(Objective):
     from many; "same" at the student's own state, which teaches nothing where the student starts as the reference.
     """
 
-    needs_reference = True
-    keys = ("soft_",)
     beyond_length = True  # no label is needed, and the states of commitment show what stands behind the stop, too
 
-    def loss(self, batch: TrainingBatch, student: Forward, reference: Forward, config: T3DConfig, mask_id: int):
+    soft_divergence: str = setting("forward", "divergence to the reference", choices=("forward", "reverse", "js"))
+    soft_state: str = setting(
+        "committed",
+        "the state at which the reference is asked, 'committed' (the token's own) or 'same' (the student's)",
+        choices=("committed", "same"),
+    )
+    soft_top_k: int = setting(0, "compare only the reference's k likeliest tokens; 0: all", low=0)
+
+    def loss(self, batch: TrainingBatch, ask: Ask):
         asked = ()
-        if config.soft_state == "committed":
-            asked = (when_committed(batch, torch.ones_like(batch.part, dtype=torch.bool), mask_id),)
-        other = reference(lambda h, w: (h, w), *asked)
-        settings = (mask_id, config.soft_divergence, config.soft_top_k)
-        loss = mean(student(lambda h, w: divergence(h, w, *other, *settings)))
-        return loss, {f"loss/{config.soft_divergence}": loss.detach()}
+        if self.soft_state == "committed":
+            asked = (when_committed(batch, torch.ones_like(batch.part, dtype=torch.bool), ask.mask_id),)
+        other = ask.reference(lambda h, w: (h, w), *asked)
+        settings = (ask.mask_id, self.soft_divergence, self.soft_top_k)
+        loss = mean(ask.student(lambda h, w: divergence(h, w, *other, *settings)), batch.weight)
+        return loss, {f"loss/{self.soft_divergence}": loss.detach()}
 
 
 def divergence(

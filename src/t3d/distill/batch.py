@@ -1,0 +1,176 @@
+"""A training batch: `[clean tokens | noisy copies of the blocks that hold response tokens]`, and its other versions."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t3d.blocks import CLEAN, PADDING, Layout
+
+
+def _each():
+    """A column: one value for each supervised position."""
+    return field(metadata={"column": True})
+
+
+@dataclass
+class TrainingBatch:
+    """One forward's input and its `m` supervised positions (masked, and counted by the trajectory's length).
+
+    input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
+    select: flat index of each supervised position into rows * length. Of each, `(m,)`: target: the trajectory's token;
+    step, rank: the step at which, and the place in the order in which, it was committed in its block; weight: what it
+    counts in the loss; part: the term of the loss that it belongs to; stop: 1 where it ends the response; labelled: 1
+    where the target is part of a stored response, through its stop, 0 where it is the student's own; sequence, block:
+    numbers of the noisy sequence (a document's copy) and of the noisy block it is in, counted over the batch.
+    item: each document's place in the dataset, `(documents,)`; -1: none.
+    """
+
+    input_ids: Tensor
+    document: Tensor
+    copy: Tensor
+    position: Tensor
+    select: Tensor
+    target: Tensor = _each()
+    step: Tensor = _each()
+    rank: Tensor = _each()
+    weight: Tensor = _each()
+    part: Tensor = _each()
+    stop: Tensor = _each()
+    labelled: Tensor = _each()
+    sequence: Tensor = _each()
+    block: Tensor = _each()
+    item: Tensor
+    block_size: int
+    _masks: dict = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.document, self.copy, self.position, self.block_size)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are, padding not counted."""
+        return int((self.document != PADDING).sum())
+
+    def attention_mask(self, implementation: str):
+        """`Layout.attention_mask`, made once for all models."""
+        if implementation not in self._masks:
+            self._masks[implementation] = self.layout.attention_mask(implementation)
+        return self._masks[implementation]
+
+    def to(self, device) -> "TrainingBatch":
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+COLUMNS = tuple(f.name for f in fields(TrainingBatch) if "column" in f.metadata)
+
+
+def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
+    """Put examples into rows of up to `pack_length` tokens (0: as many as the longest has): a batch's fields.
+
+    An example is never split: one that is longer has a row of its own. Document numbers are places in `examples`.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    sizes = [len(example["input_ids"]) for example in examples]
+    pack_length = pack_length or max(sizes)
+    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):  # first-fit decreasing
+        size = sizes[i]
+        row = next((r for r, left in enumerate(room) if size <= left), None)
+        if row is None:
+            rows.append([])
+            room.append(pack_length)
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= size
+    length = max(sum(sizes[i] for i in row) for row in rows)
+
+    fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0}
+    grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
+    given = [name for name in COLUMNS if name not in ("sequence", "block")]
+    flat: dict[str, list[np.ndarray]] = {name: [] for name in ("select", *COLUMNS)}
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            example = examples[i]
+            span = slice(at, at + len(example["input_ids"]))
+            for name in ("input_ids", "copy", "position"):
+                grid[name][r, span] = example[name]
+            grid["document"][r, span] = i
+            flat["select"].append(r * length + at + example["select"])
+            for name in given:
+                flat[name].append(example[name])
+            flat["sequence"].append(np.stack([np.full(len(example["select"]), i), example["supervised_copy"]], 1))
+            flat["block"].append(np.c_[flat["sequence"][-1], example["supervised_block"]])
+            at = span.stop
+    batch = {name: np.concatenate(parts) for name, parts in flat.items()}
+    for name in ("sequence", "block"):
+        batch[name] = np.unique(batch[name], axis=0, return_inverse=True)[1].reshape(-1)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in (grid | batch).items()}
+    for name in (name for name, values in tensors.items() if values.is_floating_point()):
+        tensors[name] = tensors[name].float()
+    tensors["item"] = torch.tensor([example["item"] for example in examples])
+    return tensors | {"block_size": block_size}
+
+
+def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> TrainingBatch:
+    """The batch with its noisy blocks in other versions, of which only those that something is asked of are there.
+
+    versions: input ids `(rows, length)` that differ at noisy tokens. ask: the version in which each supervised position
+    is asked for, -1 for none, `(m,)`; the result's supervised positions are those asked for, in the batch's order.
+    """
+    rows, length = batch.input_ids.shape
+    row, column = batch.select // length, batch.select % length
+    noisy_block = ((batch.document * (batch.copy.max() + 1) + batch.copy) * length + batch.layout.block).flatten()
+    copies = int(batch.copy.max())
+    width = 0
+    grid: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "document", "copy", "position")}
+    select = torch.full_like(ask, -1)
+    for number, ids in enumerate([batch.input_ids, *versions], start=-1):  # -1: the clean tokens
+        here = ask == number
+        wanted = batch.copy == CLEAN
+        if number >= 0:
+            wanted = ~wanted & torch.isin(noisy_block, noisy_block[batch.select[here]]).view(rows, length)
+        most = int(wanted.sum(1).max())
+        columns = torch.argsort(~wanted, dim=1, stable=True)[:, :most]  # those wanted, then filling
+        filling = ~wanted.gather(1, columns)
+        grid["input_ids"].append(ids.gather(1, columns))
+        grid["document"].append(batch.document.gather(1, columns).masked_fill(filling, PADDING))
+        grid["copy"].append((batch.copy.gather(1, columns) + max(number, 0) * copies).masked_fill(filling, CLEAN))
+        grid["position"].append(batch.position.gather(1, columns))
+        if number >= 0:
+            select[here] = width + (wanted.cumsum(1) - 1)[row[here], column[here]]
+        width += columns.shape[1]
+    asked = ask >= 0
+    return replace(
+        batch,
+        **{name: torch.cat(parts, 1) for name, parts in grid.items()},
+        **{name: getattr(batch, name)[asked] for name in COLUMNS},
+        select=row[asked] * width + select[asked],
+    )
+
+
+def when_committed(batch: TrainingBatch, which: Tensor, mask_id: int) -> TrainingBatch:
+    """The batch restated so that it asks for each of the supervised positions `which`, boolean `(m,)`, at the state in
+    which its token was committed, in the batch's order.
+
+    Version t of a noisy block shows, beside what it shows now, the tokens of the first t of the steps that occur among
+    its `which`.
+    """
+    turn = _turns(batch.block[which], batch.step[which])
+    where, target = batch.select[which], batch.target[which]
+    versions = []
+    for t in range(int(turn.max()) + 1 if len(turn) else 0):
+        ids = batch.input_ids.flatten().index_copy(0, where, torch.where(turn < t, target, mask_id))
+        versions.append(ids.view_as(batch.input_ids))
+    return restate(batch, versions, torch.full_like(batch.part, -1).masked_scatter(which, turn))
+
+
+def _turns(block: Tensor, step: Tensor) -> Tensor:
+    """Number the steps that occur in each block 0, 1, ... without gaps, `(m,)`; block, step: `(m,)`."""
+    width = int(step.max()) + 1 if len(step) else 1
+    pairs, inverse = (block * width + step).unique(return_inverse=True)
+    count = torch.bincount(pairs // width)
+    return (torch.arange(len(pairs), device=block.device) - (count.cumsum(0) - count)[pairs // width])[inverse]

@@ -1,0 +1,205 @@
+"""What an objective is, the parts that several of them share, and their registry.
+
+An objective is a frozen dataclass of its own settings with two functions: `states` draws what the student sees, `loss`
+says what it should have predicted. Parts are bases with settings of their own, so an objective has those that it names.
+Adding one is a file in `objectives/`, or a module that an installed package names under the entry point
+`t3d.objectives`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t3d.components import setting
+from t3d.distill.batch import TrainingBatch
+from t3d.distill.logprobs import token_logprobs
+from t3d.distill.states import ORDERS, Response, State, trajectory_mask, uniform_mask
+
+# Runs a model and applies `head(hidden (m, width), lm_head weight)` at the supervised positions: of the batch at hand,
+# or of another given as second argument.
+Forward = Callable[..., Any]
+
+# Where the trajectories come from that an objective learns from
+ROLLOUTS = "rollouts"  # the teacher's, of the stage before
+SOLUTIONS = "solutions"  # the task's own ground truth
+
+
+@dataclass
+class Ask:
+    """The models of a step, as an objective may ask them."""
+
+    student: Forward
+    reference: Forward | None
+    mask_id: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives; see the module's text."""
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ROLLOUTS
+    needs_reference: ClassVar[bool] = False
+    lasting_reference: ClassVar[bool] = False  # a fixed reference's values are few, the same whatever the student does
+    beyond_length: ClassVar[bool] = False  # whether the tokens behind the stop, which nobody reads, are supervised
+    unit: ClassVar[str] = "token"  # what the loss is a mean over: supervised "token"s, noisy "block"s or "sequence"s
+    # Settings of parts, as they read where an objective lacks the part; without types, else they would be fields
+    random_ratio = 0.0
+    round_interval = 0
+    on_policy_share = 0.0
+
+    states_per_sequence: int = setting(
+        1, "noisy states of one trajectory that share its clean copy in a forward", low=1
+    )
+    late_weight: float = setting(
+        0.0,
+        "a token weighs 1 + this * r, r from 0 for those of its block that were committed first to 1 for the last",
+        low=0,
+    )
+    late_by: str = setting(
+        "step", "what r is counted in: the steps of the block, or the ranks of its tokens", choices=("step", "rank")
+    )
+    stop_weight: float = setting(1.0, "weight of the stop token that ends a response, beside the others' 1", low=0)
+    stop_ce: float = setting(
+        0.0, "weight of an extra cross-entropy on the stop token that ends a response (ECHO, arXiv 2604.09450)", low=0
+    )
+
+    def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0) -> list[State]:
+        """The noisy states of a response that share its clean copy, `states_per_sequence` or a multiple of them.
+
+        progress: share of the training that is done, 0..1, for objectives that grow harder.
+        """
+        raise NotImplementedError
+
+    def loss(self, batch: TrainingBatch, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, a mean over `unit`s, and detached scalars to log."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AnyStates(Objective):
+    """Part: states of any kind, each token of them by itself."""
+
+    state: str = setting(
+        "trajectory",
+        "what a state masks: of each block the tokens committed last ('trajectory'), as many as chance says at random "
+        "places ('uniform'), or all of them ('all_masked')",
+        choices=("trajectory", "uniform", "all_masked"),
+    )
+    mask_exponent: float = setting(
+        8.0, "trajectory states: mask ratios are drawn from {1, .75, .5, .25} with probability ~ ratio ** this"
+    )
+    mask_per_block: bool = setting(
+        False, "trajectory states: draw the mask ratio for every block instead of once per sequence"
+    )
+    order: str = setting(
+        "trajectory",
+        "trajectory states: which tokens stay masked: the last committed ('trajectory'), 'reversed' or 'random'",
+        choices=ORDERS,
+    )
+    random_ratio: float = setting(
+        0.1, "share of masked inputs replaced by random tokens (still supervised)", low=0, high=1
+    )
+
+    def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0) -> list[State]:
+        return [State(self.masked(response, rng)) for _ in range(self.states_per_sequence)]
+
+    def masked(self, response: Response, rng: np.random.Generator) -> np.ndarray:
+        """Which of the `n` response tokens one state hides, boolean `(n,)`."""
+        block = response.block
+        if self.state == "trajectory":
+            how = (self.mask_exponent, self.mask_per_block, self.order)
+            return trajectory_mask(block, response.rank, rng, *how)
+        if self.state == "uniform":
+            return uniform_mask(block, rng)[0]
+        return np.ones(len(block), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Referenced(Objective):
+    """Part: a frozen reference, the teacher or an earlier student."""
+
+    needs_reference: ClassVar[bool] = True
+
+    round_interval: int = setting(
+        0, "replace the reference by the student every this many optimizer steps; 0: never", low=0
+    )
+    reference_ema: float = setting(
+        0.0, "a round keeps this share of the reference's weights; 0: it becomes the student", low=0, below=1
+    )
+    reference_offload: bool = setting(False, "keep the reference on the CPU and bring each layer for its forward")
+
+
+@dataclass(frozen=True)
+class OnPolicy(Objective):
+    """Part: contexts that the student itself decodes, for losses that need no labels."""
+
+    on_policy_share: float = setting(0.0, "share of steps in contexts that the student itself decodes", low=0, high=1)
+    on_policy_steps: tuple[int, ...] = setting((1, 2), "denoising steps per block of the student's own contexts", low=1)
+    on_policy_temperature: float = setting(0.5, "temperature of the student's own contexts", low=0)
+
+
+def other_default(owner: type, name: str, default) -> Any:
+    """The field `name` of a part with another default, for an objective that redefines it."""
+    part = next(f for f in fields(owner) if f.name == name)
+    return setting(default, **part.metadata)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Class decorator: makes the objective known under the name that `train.objective` takes."""
+
+    def add(cls: type[Objective]) -> type[Objective]:
+        cls.name = name
+        OBJECTIVES[name] = cls
+        return cls
+
+    return add
+
+
+def total_loss(objective: Objective, batch: TrainingBatch, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective's loss, with `stop_ce` times the mean cross-entropy at the tokens that end a response."""
+    stop = (batch.stop * batch.labelled).bool()
+    if not objective.stop_ce or not stop.any():
+        return objective.loss(batch, ask)
+    found = []
+
+    def student(head):
+        def both(hidden, weight):  # inside the forward: there a sharded head is whole
+            return head(hidden, weight), token_logprobs(hidden[stop], weight, batch.target[stop, None], ask.mask_id)
+
+        result, logp = ask.student(both)
+        found.append(logp)
+        return result
+
+    loss, metrics = objective.loss(batch, Ask(student, ask.reference, ask.mask_id))
+    ce = -mean(torch.cat(found)[:, 0])
+    return loss + objective.stop_ce * ce, metrics | {"loss/stop": ce.detach()}
+
+
+def segments(segment: Tensor) -> int:
+    """How many segments `0 .. max` there are; of no positions none."""
+    return int(segment.max()) + 1 if len(segment) else 0
+
+
+def mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weighted mean of `values`, a boolean weight picks; 0 of none, so that an empty term costs nothing."""
+    weight = torch.ones_like(values) if weight is None else weight.to(values.dtype)
+    return (values * weight).sum() / weight.sum().clamp(min=1e-9)
+
+
+def segment_sum(values: Tensor, segment: Tensor) -> Tensor:
+    """Sum of `values (m,)` in each segment `0 .. max`, `(segments,)`."""
+    return values.new_zeros(segments(segment)).index_add(0, segment, values)
+
+
+def segment_mean(values: Tensor, segment: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weighted mean of `values (m,)` in each segment, `(segments,)`; 0 where all weights are."""
+    weight = torch.ones_like(values) if weight is None else weight.to(values.dtype)
+    return segment_sum(values * weight, segment) / segment_sum(weight, segment).clamp(min=1e-9)
