@@ -14,8 +14,10 @@ from t3d.distill import T3DConfig
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import choose_tokens, token_logprobs
-from t3d.distill.objective import OBJECTIVES, Ask
+from t3d.distill.objective import OBJECTIVES, Ask, total_loss
 from t3d.distill.sampler import Draw
+
+STATES = ["trajectory", "uniform", "all_masked"]
 
 
 def make_case(seed, block_size=4, progress=1.0, **settings):
@@ -165,6 +167,90 @@ def test_soft_is_the_divergence_to_the_reference(kind, top_k, state):
     assert loss.item() == pytest.approx(total / len(q), rel=1e-4)
     loss.backward()
     assert all(w.grad.isfinite().all() for w in student.parameters())
+
+
+@given(seed=st.integers(0, 10**6), k=st.sampled_from([0.0, 0.5, 3.0]), state=st.sampled_from(STATES))
+@settings(max_examples=10, deadline=None)
+def test_alpha_is_its_formula(seed, k, state):
+    trajectories, config, batch = make_case(seed, objective="alpha", alpha_k=k, state=state, states_per_sequence=2)
+    model = make_model(seed=3)
+    with torch.no_grad():
+        loss, _ = config.method.loss(batch, Ask(run(model, batch), None, MASK))
+        logp = dense_logprobs(model, batch)
+    blocks = {}
+    for (d, copy), tokens in by_sequence(trajectories, batch).items():
+        for r, c, target, _, block in tokens:
+            blocks.setdefault((d, copy, block), []).append(float(logp[r, c, target]))
+    scores = [sum(values) / len(values) for values in blocks.values()]
+    expected = [(1 - math.exp(k * s)) / k if k else -s for s in scores]
+    assert float(loss) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_alpha_gives_up_unlikely_blocks():
+    """Its gradient in a block's log-probability is that of the cross-entropy, times exp(k s)."""
+    _, config, batch = make_case(5, objective="alpha", alpha_k=2.0)
+    grads = []
+    for c in (config, make_case(5, objective="alpha", alpha_k=0.0)[1]):
+        logits = torch.randn(len(batch.select), 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        loss, _ = c.method.loss(batch, Ask(lambda head, x=logits: head(x, torch.eye(64)), None, MASK))
+        grads.append(torch.autograd.grad(loss, logits)[0])
+        logp = logits.detach().clone().index_fill_(1, torch.tensor(MASK), -torch.inf).log_softmax(-1)
+    for block in batch.block.unique().tolist():
+        here = batch.block == block
+        s = logp[here].gather(1, batch.target[here, None]).mean()
+        torch.testing.assert_close(grads[0][here], grads[1][here] * (2.0 * s).exp(), atol=1e-7, rtol=1e-4)
+
+
+@given(seed=st.integers(0, 10**6), late=st.sampled_from([0.0, 1.5]), stop=st.sampled_from([0.0, 0.7]))
+@settings(max_examples=8, deadline=None)
+def test_dcd_stitches_the_teachers_distributions(seed, late, stop):
+    trajectories, config, batch = make_case(seed, objective="dcd", late_weight=late, stop_ce=stop)
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        loss, metrics = total_loss(config.method, batch, Ask(run(student, batch), run(teacher, batch), MASK))
+        q = dense_logprobs(student, batch)
+    total = weights = 0.0
+    ends = []
+    for (d, _), tokens in noisy_tokens(trajectories, batch).items():
+        t = trajectories[d]
+        assert all(token == MASK for _, _, token in tokens.values())
+        for block in blocks_of(t):
+            steps = sorted({t.step_map[place] for place in block})
+            for place in block:
+                r, c, _ = tokens[place]
+                p = committed_logprobs(teacher, t, place + len(t.prompt_ids))
+                w = 1 + late * steps.index(t.step_map[place]) / max(len(steps) - 1, 1)
+                total, weights = total + w * forward_kl(p, q[r, c]), weights + w
+        r, c, _ = tokens[t.length - 1]
+        ends.append(-float(q[r, c, t.response_ids[t.length - 1]]))
+    expected = total / weights + stop * average(ends)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert ("loss/stop" in metrics) == bool(stop)
+
+
+@given(seed=st.integers(0, 10**6), by=st.sampled_from(["step", "rank"]), stop=st.sampled_from([0.0, 1.0, 5.0]))
+@settings(max_examples=15, deadline=None)
+def test_late_and_stop_tokens_weigh_as_asked_for(seed, by, stop):
+    """Of any objective; here of `path` with one level, which is then the weighted mean of each sequence's losses."""
+    settings = {"objective": "path", "late_weight": 2.0, "late_by": by, "stop_weight": stop}
+    trajectories, config, batch = make_case(seed, **settings)
+    model = make_model(seed=3)
+    with torch.no_grad():
+        loss, _ = config.method.loss(batch, Ask(run(model, batch), None, MASK))
+        logp = dense_logprobs(model, batch)
+    means = []
+    for (d, _), tokens in by_sequence(trajectories, batch).items():
+        t = trajectories[d]
+        total = weights = 0.0
+        for r, c, target, rank, number in tokens:
+            (block,) = (b for b in blocks_of(t) if (b[0] + len(t.prompt_ids)) // t.block_size == number)
+            place = int(batch.position[r, c]) - len(t.prompt_ids)
+            steps = sorted({t.step_map[i] for i in block})
+            when, most = (steps.index(t.step_map[place]), len(steps)) if by == "step" else (rank, len(block))
+            w = (1 + 2.0 * when / max(most - 1, 1)) * (stop if place == t.length - 1 else 1.0)
+            total, weights = total - w * float(logp[r, c, target]), weights + w
+        means.append(total / weights if weights else 0.0)
+    assert float(loss) == pytest.approx(average(means), rel=1e-4, abs=1e-6)
 
 
 def noisy_tokens(trajectories, batch):

@@ -159,10 +159,8 @@ def _field(name: str, f: Field) -> tuple[str, type, Field]:
     own = defaults(name)
     if len(set(own.values())) == 1:
         return name, f.type, field(default=f.default, metadata=f.metadata)
-    by_value = groupby(
-        sorted(own, key=lambda objective: (str(own[objective]), objective)), key=lambda objective: own[objective]
-    )
-    told = "; ".join(f"{value:g} for {', '.join(names)}" for value, names in by_value)
+    by_value = groupby(sorted((str(value), name) for name, value in own.items()), key=lambda pair: pair[0])
+    told = "; ".join(f"{value} for {', '.join(name for _, name in group)}" for value, group in by_value)
     about = f.metadata | {"help": f"{f.metadata['help']}; default: {told}"}
     return name, f.type | None, field(default=None, metadata=about)
 
