@@ -37,7 +37,7 @@ class BlockPlan:
     """How to compute the attention of a `Layout`; made once per batch, used by every layer of every model.
 
     order: the tokens that are not padding, as flat indices into rows * length: document by document, its clean tokens,
-    then its noisy ones by block. None: all of them, as they are.
+    then its noisy ones by group. None: all of them, as they are.
     """
 
     order: Tensor | None
@@ -57,32 +57,32 @@ class BlockPlan:
 def plan(layout: Layout) -> BlockPlan:
     rows, length = layout.document.shape
     document, copy, position = (x.flatten() for x in (layout.document, layout.copy, layout.position))
-    block = layout.block.flatten()
+    block, group = layout.block.flatten(), layout.group.flatten()
     places = torch.arange(rows * length)
     first = torch.full((int(document.max()) + 2,), rows * length).scatter_reduce(0, document + 1, places, "amin")
     order = places
-    for key in (position, copy, torch.where(copy == CLEAN, -1, block), first[document + 1]):  # the last counts most
+    for key in (position, copy, torch.where(copy == CLEAN, -1, group), first[document + 1]):  # the last counts most
         order = order[torch.argsort(key[order], stable=True)]
     order = order[document[order] != PADDING]
-    document, copy, block = document[order], copy[order], block[order]
+    document, copy, block, group = (x[order] for x in (document, copy, block, group))
     pieces = []
     _, sizes = torch.unique_consecutive(document, return_counts=True)
     start = 0
     for size in sizes.tolist():
         noisy, end = start + int((copy[start : start + size] == CLEAN).sum()), start + size
-        for first, last in _chunks(copy, block, start, noisy):
+        for first, last in _chunks(copy, group, start, noisy):
             pieces.append((first, last, start, start, start))  # the keys are one run
-        for first, last in _chunks(copy, block, noisy, end):
-            limit = start + int((block[start:noisy] < block[last - 1]).sum())
+        for first, last in _chunks(copy, group, noisy, end):
+            limit = start + int((block[start:noisy] < group[last - 1]).sum())
             pieces.append((first, last, start, limit, first))
         start = end
     whole = torch.equal(order, places)
-    return BlockPlan(None if whole else order, [_piece(*places, document, copy, block) for places in pieces])
+    return BlockPlan(None if whole else order, [_piece(*places, document, copy, block, group) for places in pieces])
 
 
-def _chunks(copy: Tensor, block: Tensor, begin: int, stop: int):
-    """Runs of at most `CHUNK` tokens, or of one block where that is longer, that end where a block ends."""
-    _, sizes = torch.unique_consecutive(torch.stack([copy, block])[:, begin:stop], dim=1, return_counts=True)
+def _chunks(copy: Tensor, group: Tensor, begin: int, stop: int):
+    """Runs of at most `CHUNK` tokens, or of one group where that is longer, that end where a group ends."""
+    _, sizes = torch.unique_consecutive(torch.stack([copy, group])[:, begin:stop], dim=1, return_counts=True)
     first = last = begin
     for size in sizes.tolist():
         if last > first and last + size - first > CHUNK:
@@ -94,9 +94,9 @@ def _chunks(copy: Tensor, block: Tensor, begin: int, stop: int):
 
 
 def _piece(start: int, end: int, prefix: int, limit: int, own: int, *places: Tensor) -> Piece:
-    """places: document, copy and block of each token."""
+    """places: document, copy, block and group of each token."""
     keys = torch.cat([torch.arange(prefix, limit), torch.arange(own, end)])
-    mask = sees(*(x[start:end, None] for x in places), *(x[keys] for x in places))
+    mask = sees(*(x[start:end, None] for x in places), *(x[keys] for x in places[:-1]))
     return Piece(start, end, prefix, limit, own, None if mask.all() else mask)
 
 

@@ -2,7 +2,8 @@
 
 Blocks are counted from absolute position 0 of prompt plus response, so a prompt's tail shares the first generated
 block. A training row holds, for each document, its clean tokens and any number of noisy copies of the blocks that
-hold response tokens; a decoder's row is the case without noisy copies.
+hold response tokens; a decoder's row is the case without noisy copies. Consecutive blocks of a noisy copy may be noisy
+together, as several blocks in flight are: such a group sees what is clean before it, and itself from left to right.
 """
 
 from dataclasses import dataclass
@@ -73,13 +74,14 @@ def visible(rule: Rule, final: int, place: int, start: int, length: int, block_s
     return np.stack([np.full(length, of + length), own, own + 1, of + n])
 
 
-def sees(q_document, q_copy, q_block, k_document, k_copy, k_block):
-    """Whether a query token attends to a key token: the clean tokens of all earlier blocks, and its own block's copy.
+def sees(q_document, q_copy, q_block, q_group, k_document, k_copy, k_block):
+    """Whether a query token attends to a key token: the clean tokens before its group, and of its group's copy its own
+    block and those before it. A group is named by its first block; a block that is noisy alone is its own group.
 
     Broadcasts; the same expression serves boolean masks and FlexAttention's `mask_mod`.
     """
-    earlier = (k_copy == CLEAN) & (k_block < q_block)
-    own = (k_copy == q_copy) & (k_block == q_block)
+    earlier = (k_copy == CLEAN) & (k_block < q_group)
+    own = (k_copy == q_copy) & (q_group <= k_block) & (k_block <= q_block)
     return (q_document == k_document) & (earlier | own)
 
 
@@ -87,7 +89,7 @@ def block_causal_mask(length: int, block_size: int, device=None) -> Tensor:
     """The decoder's mask: boolean `(length, length)`, True where the row's token sees the column's."""
     block = block_ids(torch.arange(length, device=device), block_size)
     zero = torch.zeros((), dtype=torch.long, device=device)
-    return sees(zero, zero, block[:, None], zero, zero, block[None, :])
+    return sees(zero, zero, block[:, None], block[:, None], zero, zero, block[None, :])
 
 
 @dataclass
@@ -97,12 +99,18 @@ class Layout:
     document: which document of the batch, `PADDING` for padding (padding sees only padding, so no row is empty).
     copy: `CLEAN`, or the number of the noisy copy.
     position: absolute position in its document; a noisy token has its original's.
+    group: the first of the blocks that are noisy together with its own; None: each is noisy alone.
     """
 
     document: Tensor
     copy: Tensor
     position: Tensor
     block_size: int
+    group: Tensor | None = None
+
+    def __post_init__(self):
+        if self.group is None:
+            self.group = self.block
 
     @property
     def block(self) -> Tensor:
@@ -110,18 +118,18 @@ class Layout:
 
     def boolean_mask(self) -> Tensor:
         """`(rows, 1, length, length)`, True = sees, as scaled_dot_product_attention takes it."""
-        d, c, b = self.document, self.copy, self.block
-        mask = sees(d[:, :, None], c[:, :, None], b[:, :, None], d[:, None, :], c[:, None, :], b[:, None, :])
-        return mask[:, None]
+        query = (x[:, :, None] for x in (self.document, self.copy, self.block, self.group))
+        key = (x[:, None, :] for x in (self.document, self.copy, self.block))
+        return sees(*query, *key)[:, None]
 
     def flex_mask(self):
         """The same rule as a FlexAttention `BlockMask` (never materialised as a dense mask)."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        d, c, b = self.document, self.copy, self.block
+        d, c, b, g = self.document, self.copy, self.block, self.group
 
         def mask_mod(row, head, q, k):
-            return sees(d[row, q], c[row, q], b[row, q], d[row, k], c[row, k], b[row, k])
+            return sees(d[row, q], c[row, q], b[row, q], g[row, q], d[row, k], c[row, k], b[row, k])
 
         rows, length = d.shape
         return create_block_mask(mask_mod, rows, None, length, length, device=d.device)

@@ -50,11 +50,13 @@ def results(attention, batch, prepare=lambda model: None, block_size=4, autocast
     pack_length=st.sampled_from([0, 1, 200, 10**6]),
     blocks=st.sampled_from([2, 40]),  # of up to 64 queries, and of several chunks
     restated=st.booleans(),
+    size=st.integers(1, 4),
 )
 @settings(max_examples=25, deadline=None)
-def test_logits_and_gradients_are_those_of_a_dense_mask(seed, block_size, copies, pack_length, blocks, restated):
-    blocks = min(blocks, 160 // block_size)
-    batch = make_batch(seed, block_size, pack_length=pack_length, blocks=max(blocks, 1), states_per_sequence=copies)
+def test_logits_and_gradients_are_those_of_a_dense_mask(seed, block_size, copies, pack_length, blocks, restated, size):
+    blocks = max(min(blocks, 160 // block_size), 1)
+    settings = {"states_per_sequence": copies, "group_size": size}
+    batch = make_batch(seed, block_size, pack_length=pack_length, blocks=blocks, **settings)
     if restated:  # noisy blocks several times, in any order and with gaps
         batch = when_committed(batch, torch.arange(len(batch.part)) % 3 > 0, MASK)
     logits, gradients = results("block_sdpa", batch, block_size=block_size)

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t3d.blocks import block_causal_mask
+from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.data import StateDataset
+from t3d.engine import Engine
 from t3d.trajectories import NFE, Trajectory
 
 MASK, PAD = 63, 0
@@ -31,7 +33,8 @@ def random_trajectory(rng, block_size, prompt_length, blocks):
 
 
 def decoder_logits(model, trajectory, noisy_block, first):
-    """Logits of one block as a decoder without cache computes them: clean context, then the block's state."""
+    """Logits of one block, or of several in flight, as a decoder without cache computes them: clean context, then the
+    state of what is in flight."""
     ids = torch.tensor([[*(trajectory.prompt_ids + trajectory.response_ids)[:first], *noisy_block]])
     length = ids.shape[1]
     mask = block_causal_mask(length, trajectory.block_size)[None, None]
@@ -46,16 +49,20 @@ def decoder_logits(model, trajectory, noisy_block, first):
     pack_length=st.sampled_from([0, 1, 400, 10**6]),
     objective=st.sampled_from(["t3d", "sft"]),
     attention=st.sampled_from(["sdpa", "eager", "block_sdpa", "flex_attention"]),
+    size=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_noisy_blocks_have_the_decoders_logits(seed, block_size, documents, copies, pack_length, objective, attention):
+def test_noisy_blocks_have_the_decoders_logits(
+    seed, block_size, documents, copies, pack_length, objective, attention, size
+):
     rng = np.random.default_rng(seed)
     model = make_model(block_size=block_size)
     model.set_attn_implementation(attention)
     trajectories = [
         random_trajectory(rng, block_size, int(rng.integers(1, 20)), int(rng.integers(1, 4))) for _ in range(documents)
     ]
-    config = T3DConfig(output_dir="unused", objective=objective, states_per_sequence=copies, seed=seed, use_cpu=True)
+    settings = {"objective": objective, "states_per_sequence": copies, "group_size": size}
+    config = T3DConfig(output_dir="unused", seed=seed, use_cpu=True, **settings)
     dataset = StateDataset(trajectories, config, block_size, MASK, vocabulary=60)
     batch = TrainingBatch(**collate([dataset[i] for i in range(documents)], PAD, block_size, pack_length))
     layout = batch.layout
@@ -73,11 +80,41 @@ def test_noisy_blocks_have_the_decoders_logits(seed, block_size, documents, copi
             for first in range(first_noisy, total, block_size):
                 here = (batch.document == d) & (batch.copy == c) & (layout.block == first // block_size)
                 assert here.sum() == block_size
+                (group,) = batch.group[here].unique().tolist()
+                assert first_noisy // block_size <= group <= first // block_size < group + size
+                flying = (batch.document == d) & (batch.copy == c) & (group <= layout.block)
+                flying &= layout.block <= first // block_size
                 with torch.no_grad():
-                    expected = decoder_logits(model, trajectory, batch.input_ids[here].tolist(), first)
-                torch.testing.assert_close(logits[here], expected, atol=2e-4, rtol=1e-4)
+                    expected = decoder_logits(model, trajectory, batch.input_ids[flying].tolist(), group * block_size)
+                torch.testing.assert_close(logits[here], expected[-block_size:], atol=2e-4, rtol=1e-4)
                 checked += 1
     assert checked >= documents * copies
+
+
+def test_a_group_is_what_the_engine_sees_with_several_blocks_in_flight(monkeypatch):
+    """After the first, two wholly masked blocks at a time are committed at once: their confidences are the group's."""
+    model = make_model(eos_token_id=None)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 60, n).tolist() for n in (4, 6, 11)]
+    flying = {"blocks_in_flight": 2, "enter": 0.0, "force": 0.0}
+    found = Engine(model).generate(prompts, DecodingConfig(steps=1, max_tokens=32, **flying))
+    assert {t.nfe.denoise for t in found} == {5}, "of 8 blocks or 9"
+
+    def pairs(block, size, rng):
+        return np.maximum(block[0], block - (block - block[0] - 1) % size)
+
+    monkeypatch.setattr("t3d.distill.data.draw_groups", pairs)
+    settings = {"objective": "path", "state": "all_masked", "random_ratio": 0.0, "group_size": 2}
+    config = T3DConfig(output_dir="unused", use_cpu=True, **settings)
+    dataset = StateDataset(found, config, 4, MASK, vocabulary=60)
+    batch = TrainingBatch(**collate([dataset[i] for i in range(3)], PAD, 4))
+    with torch.no_grad():
+        logits = model(batch.input_ids, batch.layout.boolean_mask(), batch.position, select=batch.select)
+    logits[:, MASK] = -torch.inf
+    confidence = logits.softmax(-1).gather(1, batch.target[:, None])[:, 0]
+    document, position = batch.document.flatten()[batch.select], batch.position.flatten()[batch.select]
+    for d, p, mine in zip(document.tolist(), position.tolist(), confidence.tolist(), strict=True):
+        assert abs(found[d].confidence[p - len(prompts[d])] - mine) < 1e-4
 
 
 @given(seed=st.integers(0, 10**6), packed=st.booleans())

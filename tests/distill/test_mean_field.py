@@ -12,7 +12,6 @@ from test_objectives import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from t3d.blocks import Layout
 from t3d.distill import T3DConfig
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.contexts import turns
@@ -123,7 +122,7 @@ def test_it_fits_the_vocabulary_of_a_real_model():
 
 def test_every_teacher_copy_masks_one_position_and_fills_the_others():
     for seed, packed in itertools.product(range(4), (False, True)):
-        batch, _ = make_batch(seed, packed=packed, states_per_sequence=1 + seed % 2)
+        batch, _ = make_batch(seed, packed=packed, states_per_sequence=1 + seed % 2, group_size=1 + seed % 3)
         torch.manual_seed(seed)
         fill = torch.randint(2, 60, batch.target.shape)
         turn = place_in_block(batch.block)
@@ -139,7 +138,7 @@ def test_every_teacher_copy_masks_one_position_and_fills_the_others():
             flat = ids.view(-1)
             flat[batch.select] = fill
             flat[place] = MASK  # by hand: everything filled but this one position
-            layout = Layout(batch.document, batch.copy, batch.position, batch.block_size)
+            layout = batch.layout
             with torch.no_grad():
                 expected = model(ids, layout.boolean_mask(), batch.position).logits[row, column]
             torch.testing.assert_close(logits[i], expected, atol=2e-4, rtol=1e-4)
@@ -156,9 +155,9 @@ def test_fewer_copies_ask_a_random_part_of_the_positions():
     assert (asked.input_ids == MASK).sum() == len(batch.block.unique())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_its_formula(share):
-    batch, config = make_batch(2, mf_anchor=0.5, mf_forward=share)
+@pytest.mark.parametrize(("share", "size"), [(0.0, 1), (0.3, 3), (1.0, 2)])
+def test_the_loss_is_its_formula(share, size):
+    batch, config = make_batch(2, mf_anchor=0.5, mf_forward=share, group_size=size)
     batch.labelled[::2] = 1.0
     student, teacher = make_model(seed=1), make_model(seed=2)
     with torch.no_grad():

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from t3d.distill.states import (
     RATIOS,
     commit_rank,
+    draw_groups,
     random_rank,
     replace_with_random,
     trajectory_mask,
@@ -56,6 +59,35 @@ def test_masks_hold_the_last_committed_tokens_of_every_block(sequence, seed, per
             assert rank[where][masked].max() < rank[where][~masked].min()
     if not per_block:
         assert set.intersection(*ratios), "one ratio must explain every block of the sequence"
+
+
+@given(sequences(), st.integers(0, 99), st.integers(1, 4))
+def test_groups_are_consecutive_blocks_in_which_noise_rises(sequence, seed, size):
+    block, step, confidence = sequence
+    rng = np.random.default_rng(seed)
+    group = draw_groups(block, size, rng)
+    members = {}
+    for number, first in zip(block.tolist(), group.tolist(), strict=True):
+        members.setdefault(first, []).append(number)
+    order = np.unique(block).tolist()
+    for first, found in members.items():
+        found = sorted(set(found))
+        at = order.index(first)
+        assert found == order[at : at + len(found)]
+        assert len(found) <= size
+    masks = {
+        "trajectory": trajectory_mask(block, commit_rank(block, step, confidence), rng, 1.0, True, group=group),
+        "uniform": uniform_mask(block, rng, group)[0],
+    }
+    for kind, mask in masks.items():
+        for found in members.values():
+            count = [((block == b).sum(), mask[block == b].sum()) for b in sorted(set(found))]
+            for (n, a), (m, b) in pairwise(count):
+                assert (
+                    b >= min(a, m)
+                    if kind == "uniform"
+                    else any(np.ceil(r * n) == a and np.ceil(q * m) == b for r in RATIOS for q in RATIOS if r <= q)
+                )
 
 
 def test_ratios_follow_the_stated_distribution():

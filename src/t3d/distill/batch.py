@@ -18,7 +18,7 @@ def _each():
 class TrainingBatch:
     """One forward's input and its `m` supervised positions (masked, and counted by the trajectory's length).
 
-    input_ids, document, copy, position: `(rows, length)`, see `t3d.blocks.Layout`.
+    input_ids, document, copy, position, group: `(rows, length)`, see `t3d.blocks.Layout`.
     select: flat index of each supervised position into rows * length. Of each, `(m,)`: target: the trajectory's token;
     step, rank: the step at which, and the place in the order in which, it was committed in its block; weight: what it
     counts in the loss; part: the term of the loss that it belongs to; stop: 1 where it ends the response; labelled: 1
@@ -31,6 +31,7 @@ class TrainingBatch:
     document: Tensor
     copy: Tensor
     position: Tensor
+    group: Tensor
     select: Tensor
     target: Tensor = _each()
     step: Tensor = _each()
@@ -47,7 +48,7 @@ class TrainingBatch:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.document, self.copy, self.position, self.block_size)
+        return Layout(self.document, self.copy, self.position, self.block_size, self.group)
 
     @property
     def tokens(self) -> int:
@@ -87,7 +88,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         room[row] -= size
     length = max(sum(sizes[i] for i in row) for row in rows)
 
-    fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0}
+    fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0, "group": 0}
     grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
     given = [name for name in COLUMNS if name not in ("sequence", "block")]
     flat: dict[str, list[np.ndarray]] = {name: [] for name in ("select", *COLUMNS)}
@@ -96,7 +97,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         for i in row:
             example = examples[i]
             span = slice(at, at + len(example["input_ids"]))
-            for name in ("input_ids", "copy", "position"):
+            for name in ("input_ids", "copy", "position", "group"):
                 grid[name][r, span] = example[name]
             grid["document"][r, span] = i
             flat["select"].append(r * length + at + example["select"])
@@ -116,23 +117,27 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
 
 
 def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> TrainingBatch:
-    """The batch with its noisy blocks in other versions, of which only those that something is asked of are there.
+    """The batch with its noisy groups in other versions, of which only what is asked or seen by that is there.
 
     versions: input ids `(rows, length)` that differ at noisy tokens. ask: the version in which each supervised position
     is asked for, -1 for none, `(m,)`; the result's supervised positions are those asked for, in the batch's order.
     """
     rows, length = batch.input_ids.shape
     row, column = batch.select // length, batch.select % length
-    noisy_block = ((batch.document * (batch.copy.max() + 1) + batch.copy) * length + batch.layout.block).flatten()
+    block = batch.layout.block
+    numbers = (batch.document * (batch.copy.max() + 1) + batch.copy) * length + batch.group
+    groups, group = numbers.flatten().unique(return_inverse=True)
     copies = int(batch.copy.max())
     width = 0
-    grid: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "document", "copy", "position")}
+    grid: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "document", "copy", "position", "group")}
     select = torch.full_like(ask, -1)
     for number, ids in enumerate([batch.input_ids, *versions], start=-1):  # -1: the clean tokens
         here = ask == number
         wanted = batch.copy == CLEAN
         if number >= 0:
-            wanted = ~wanted & torch.isin(noisy_block, noisy_block[batch.select[here]]).view(rows, length)
+            asked = batch.select[here]
+            last = torch.full_like(groups, -1).scatter_reduce(0, group[asked], block.flatten()[asked], "amax")
+            wanted = ~wanted & (block <= last[group].view(rows, length))
         most = int(wanted.sum(1).max())
         columns = torch.argsort(~wanted, dim=1, stable=True)[:, :most]  # those wanted, then filling
         filling = ~wanted.gather(1, columns)
@@ -140,6 +145,7 @@ def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> Traini
         grid["document"].append(batch.document.gather(1, columns).masked_fill(filling, PADDING))
         grid["copy"].append((batch.copy.gather(1, columns) + max(number, 0) * copies).masked_fill(filling, CLEAN))
         grid["position"].append(batch.position.gather(1, columns))
+        grid["group"].append(batch.group.gather(1, columns))
         if number >= 0:
             select[here] = width + (wanted.cumsum(1) - 1)[row[here], column[here]]
         width += columns.shape[1]
@@ -154,7 +160,7 @@ def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> Traini
 
 def when_committed(batch: TrainingBatch, which: Tensor, mask_id: int) -> TrainingBatch:
     """The batch restated so that it asks for each of the supervised positions `which`, boolean `(m,)`, at the state in
-    which its token was committed, in the batch's order.
+    which its token was committed, in the batch's order; what stands before its block is then final, in a group too.
 
     Version t of a noisy block shows, beside what it shows now, the tokens of the first t of the steps that occur among
     its `which`.
@@ -165,7 +171,8 @@ def when_committed(batch: TrainingBatch, which: Tensor, mask_id: int) -> Trainin
     for t in range(int(turn.max()) + 1 if len(turn) else 0):
         ids = batch.input_ids.flatten().index_copy(0, where, torch.where(turn < t, target, mask_id))
         versions.append(ids.view_as(batch.input_ids))
-    return restate(batch, versions, torch.full_like(batch.part, -1).masked_scatter(which, turn))
+    alone = replace(batch, group=batch.layout.block)
+    return restate(alone, versions, torch.full_like(batch.part, -1).masked_scatter(which, turn))
 
 
 def _turns(block: Tensor, step: Tensor) -> Tensor:

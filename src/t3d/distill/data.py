@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from t3d.blocks import CLEAN, block_ids
 from t3d.distill.config import T3DConfig
 from t3d.distill.sampler import Draw
-from t3d.distill.states import Response, commit_rank, replace_with_random, step_index
+from t3d.distill.states import Response, commit_rank, draw_groups, replace_with_random, step_index
 from t3d.errors import T3DError
 from t3d.trajectories import Trajectory
 
@@ -104,11 +104,14 @@ class StateDataset(Dataset):
 
         clean = np.concatenate([prompt, response])[: max(end - self.block_size, 0)]  # nobody sees a clean last block
         ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [np.arange(len(clean))]
+        groups = [block_ids(positions[0], self.block_size)]
+        tail = np.full(start - first, block[0] if len(block) else 0)  # the prompt's, in the first noisy block
         supervised = []
         weight = self._weights(block, step, rank)
         stop = np.arange(len(response)) == (trajectory.length - 1 if trajectory.finish_reason == "stop" else -1)
         weight[stop] *= self.objective.stop_weight
-        states = self.objective.states(Response(block, step, rank), rng, progress)
+        group = block if self.objective.group_size == 1 else draw_groups(block, self.objective.group_size, rng)
+        states = self.objective.states(Response(block, step, rank, group), rng, progress)
         for copy, state in enumerate(states, start=1):
             noisy = replace_with_random(
                 response, state.masked, self.objective.random_ratio, self.vocabulary, self.mask_id, rng
@@ -132,11 +135,13 @@ class StateDataset(Dataset):
             ids.append(np.concatenate([prompt[first:], noisy]))
             copies.append(np.full(end - first, copy))
             positions.append(np.arange(first, end))
+            groups.append(np.concatenate([tail, group]))
         return {
             "item": item,
             "input_ids": np.concatenate(ids),
             "copy": np.concatenate(copies),
             "position": np.concatenate(positions),
+            "group": np.concatenate(groups),
             **{name: np.concatenate([columns[name] for columns in supervised]) for name in supervised[0]},
         }
 

@@ -55,6 +55,12 @@ class Objective:
     states_per_sequence: int = setting(
         1, "noisy states of one trajectory that share its clean copy in a forward", low=1
     )
+    group_size: int = setting(
+        1,
+        "up to this many consecutive blocks are noisy together and see each other from left to right, as several "
+        "blocks in flight do",
+        low=1,
+    )
     late_weight: float = setting(
         0.0,
         "a token weighs 1 + this * r, r from 0 for those of its block that were committed first to 1 for the last",
@@ -112,10 +118,10 @@ class AnyStates(Objective):
         """Which of the `n` response tokens one state hides, boolean `(n,)`."""
         block = response.block
         if self.state == "trajectory":
-            how = (self.mask_exponent, self.mask_per_block, self.order)
+            how = (self.mask_exponent, self.mask_per_block, self.order, response.group)
             return trajectory_mask(block, response.rank, rng, *how)
         if self.state == "uniform":
-            return uniform_mask(block, rng)[0]
+            return uniform_mask(block, rng, response.group)[0]
         return np.ones(len(block), dtype=bool)
 
 

@@ -19,6 +19,7 @@ class Response:
     block: np.ndarray  # block id
     step: np.ndarray  # denoising step, in its block, at which the token was committed
     rank: np.ndarray  # place in the order in which its block was committed
+    group: np.ndarray  # first of the blocks that are noisy together with its own
 
 
 @dataclass
@@ -56,16 +57,20 @@ def trajectory_mask(
     exponent: float = 8.0,
     per_block: bool = False,
     order: str = "trajectory",
+    group: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which tokens a T3D state masks, boolean `(n,)`: in each block of n tokens the `ceil(r * n)` committed last.
 
     r is drawn from {1, .75, .5, .25} with probability proportional to `r ** exponent`, once per sequence or per block
     (arXiv 2602.12262, section 4). order "reversed" masks the first committed instead (as the authors' release does),
     "random" any.
+    group `(n,)`: with draws per block, ratios rise from left to right among the blocks of a group.
     """
     starts, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
     weight = RATIOS**exponent
     draws = rng.choice(RATIOS, size=len(starts) if per_block else 1, p=weight / weight.sum())
+    if per_block and group is not None:
+        draws = rising(draws, inverse, group)
     masked = np.broadcast_to(np.ceil(draws * count), len(starts)).astype(np.int64)[inverse]
     if order == "reversed":
         return rank < masked
@@ -74,15 +79,35 @@ def trajectory_mask(
     return rank >= count[inverse] - masked
 
 
-def uniform_mask(block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def uniform_mask(
+    block: np.ndarray, rng: np.random.Generator, group: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Mask 1..n tokens of every block, the number uniform and the places random: `(mask, weight)`, both `(n,)`.
 
     The weight, 1 over the number of masks in the block, makes the cross-entropy the block-diffusion bound
-    (BD3-LM, arXiv 2503.09573).
+    (BD3-LM, arXiv 2503.09573). group `(n,)`: the numbers rise from left to right among the blocks of a group.
     """
     _, inverse, count = np.unique(block, return_inverse=True, return_counts=True)
-    masked = rng.integers(1, count + 1)[inverse]
+    masked = rng.integers(1, count + 1)
+    masked = (masked if group is None else np.minimum(rising(masked, inverse, group), count))[inverse]
     return random_rank(block, rng) < masked, 1.0 / masked
+
+
+def draw_groups(block: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Consecutive blocks put together, 1 to `size` of them as chance says: each token's first block, `(n,)`.
+
+    (Multi-block teacher forcing, arXiv 2606.29215.)
+    """
+    blocks, inverse = np.unique(block, return_inverse=True)
+    ends = rng.integers(1, size + 1, len(blocks)).cumsum()
+    return blocks[np.r_[0, ends][np.searchsorted(ends, np.arange(len(blocks)), side="right")]][inverse]
+
+
+def rising(draws: np.ndarray, place: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Draws of blocks `(blocks,)`, put in rising order among those of a group; place, group: of each token `(n,)`."""
+    of_block = np.zeros(len(draws), dtype=np.int64)
+    of_block[place] = group
+    return draws[np.lexsort((draws, of_block))]
 
 
 def random_rank(block: np.ndarray, rng: np.random.Generator) -> np.ndarray:

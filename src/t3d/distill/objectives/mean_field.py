@@ -86,13 +86,17 @@ def place_in_block(block: Tensor, shuffle: bool = False) -> Tensor:
 
 
 def masked_one_by_one(batch: TrainingBatch, fill: Tensor, turn: Tensor, copies: int, mask_id: int) -> TrainingBatch:
-    """The batch with its masks filled, in `copies` versions of its noisy blocks; version c masks what has turn c.
+    """The batch with its masks filled, in `copies` versions of each noisy block; version c masks what has turn c.
 
-    fill, turn: `(m,)`. The result's supervised positions are those with `turn < copies`, in the batch's order.
+    fill, turn: `(m,)`. The result's supervised positions are those with `turn < copies`, in the batch's order. The
+    blocks of a group before the one that is asked are filled, too.
     """
     filled = batch.input_ids.flatten().index_copy(0, batch.select, fill)
-    versions = [filled.index_fill(0, batch.select[turn == c], mask_id).view_as(batch.input_ids) for c in range(copies)]
-    return restate(batch, versions, torch.where(turn < copies, turn, -1))
+    depth = (batch.layout.block - batch.group).flatten()[batch.select]  # blocks of the group before
+    number = torch.where(turn < copies, depth * copies + turn, -1)
+    count = int(number.max()) + 1 if len(number) else 0
+    versions = [filled.index_fill(0, batch.select[number == v], mask_id).view_as(batch.input_ids) for v in range(count)]
+    return restate(batch, versions, number)
 
 
 def _terms(hidden, weight, teacher_hidden, teacher_weight, target, mask_id: int, forward: float, floor: float):
