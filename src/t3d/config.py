@@ -237,10 +237,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         sources |= dict.fromkeys(found, source)
     for name in (name for name, value in given.items() if value == "???"):
         raise T3DError(f"{path}: {name} is left open (???); add {name}=VALUE to the command")
-    defaults = {name: {k.name: k.default for k in keys(name).values() if k.own} for name in SECTIONS}
-    defaults |= {key.name: key.default for key in keys().values()}
     try:
-        merged = OmegaConf.merge(defaults, *(part for _, part in parts))
+        merged = OmegaConf.merge(_defaults(), *(part for _, part in parts))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
@@ -262,6 +260,13 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             prefix = "" if str(error).startswith(f"{section}.") else f"{section}: "
             raise T3DError(f"{path}: {prefix}{error}") from error
     return Recipe(**built)
+
+
+@cache
+def _defaults() -> DictConfig:
+    """All keys at their defaults; made once, since it takes longer than all else about a recipe."""
+    found = {name: {k.name: k.default for k in keys(name).values() if k.own} for name in SECTIONS}
+    return OmegaConf.create(found | {key.name: key.default for key in keys().values()})
 
 
 def plain(value):

@@ -1,10 +1,12 @@
-"""A policy in a package of its own: installed beside t3d, it is there wherever strategies are, with its settings."""
+"""Components in packages of their own: installed beside t3d, they are there wherever such components are."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -111,6 +113,55 @@ def test_in_the_server(environment, tmp_path, teacher):
                 check_server(http, teacher)
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="module")
+def objective(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process for which the guide's objective is installed."""
+    guide = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/focal.py"))
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "my_package").mkdir()
+    (folder / "my_package" / "focal.py").write_text(code.removeprefix("python\n"))
+    about = folder / "my_package-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[t3d.objectives]\nfocal = my_package.focal\n")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
+    recipe = {
+        "model": {"path": "embedded", "device": "cpu"},
+        "task": {"name": "word_problems", "num_train": 8},
+        "rollout": {"max_tokens": 48},
+        "train": {"objective": "focal", "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run(*arguments):
+        return t3d(objective, *arguments, cwd=tmp_path)
+
+    for stage in ("rollout", "train"):
+        done = run(stage, "recipe.yaml", "train.focal_gamma=1.5")
+        assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "runs" / "recipe" / "train" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["loss/focal"] > 0
+    for arguments, said in (
+        (["train.focal_gama=1"], "did you mean 'train.focal_gamma'"),
+        (["train.focal_gamma=-1"], "train.focal_gamma must not be negative, got -1"),
+        (["train.focal_gamma=1"], "with train.focal_gamma = 1.5, not 1.0"),
+        (["train.objective=focale"], "unknown train.objective 'focale' (did you mean 'focal'?)"),
+    ):
+        refused = run("train", "recipe.yaml", *arguments)
+        assert refused.returncode == 2, arguments
+        assert said in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+    unchanged = run("train", "recipe.yaml", "train.focal_gamma=1.5", "train.beta=0.7")  # another objective's
+    assert unchanged.returncode == 0, unchanged.stderr
+    assert "complete, skipped" in unchanged.stderr
+    assert "focal: how little a likely token counts" in run("config").stdout
 
 
 def check_server(http, teacher) -> None:

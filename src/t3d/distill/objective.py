@@ -137,6 +137,9 @@ class Referenced(Objective):
     reference_ema: float = setting(
         0.0, "a round keeps this share of the reference's weights; 0: it becomes the student", low=0, below=1
     )
+    reference_path: str | None = setting(
+        None, "checkpoint folder or hub id of the reference; default: the model that the training starts from"
+    )
     reference_offload: bool = setting(False, "keep the reference on the CPU and bring each layer for its forward")
 
 

@@ -10,17 +10,20 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from t3d.config import Recipe
-from t3d.distill import T3DTrainer
+from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.held_out import HeldOut
 from t3d.distill.lora import quantisation
+from t3d.embedded import checkpoint as checkpoint_of
 from t3d.errors import T3DError
 from t3d.log import log
+from t3d.models import load_model
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
 from t3d.pipeline.processes import Processes
 from t3d.pipeline.rollout import rollout
 from t3d.pipeline.sources import source
 from t3d.tasks import get_task
+from t3d.trajectories.fingerprint import tokenizer_fingerprint
 
 WHOLE = "whole"  # the file that says a checkpoint was saved to its end
 
@@ -62,8 +65,13 @@ class _Round:
         folder = self.run / (f"rollout-{self.number}" if self.number else "rollout")
         data = source(self.recipe).data(folder, self.recipe, self.inputs, model, tokenizer)
         trainer = T3DTrainer(
-            model, self.arguments, data, processing_class=tokenizer, held_out=self._held_out(tokenizer),
-        )  # fmt: skip
+            model,
+            self.arguments,
+            data,
+            reference=load_reference(self.recipe, self.arguments, model, tokenizer, self.processes.several),
+            processing_class=tokenizer,
+            held_out=self._held_out(tokenizer),
+        )
         for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
             trainer.remove_callback(callback)
         for callback in (_Progress(self.processes.main), _KeepStudent(trainer, self), _MarkWhole()):
@@ -112,6 +120,22 @@ def load_student(recipe: Recipe, inputs: Inputs, arguments, several: bool = Fals
     frozen = arguments.lora_rank and (arguments.bf16 or arguments.fp16)
     # Several processes: on the CPU, from where accelerate takes each one's shard.
     return inputs.load(dtype=None if frozen else "float32", device="cpu" if several else None)
+
+
+def load_reference(recipe: Recipe, arguments: T3DConfig, model, tokenizer, several: bool = False):
+    """The model of `train.reference_path`, if the objective has a reference and that is another than the student."""
+    path = arguments.reference_path
+    if not arguments.method.needs_reference or path is None:
+        return None
+    device = "cpu" if several else recipe.model.device
+    reference, its_tokenizer = load_model(checkpoint_of(path), dtype="float32", device=device)
+    for name in ("block_size", "mask_token_id", "vocab_size"):
+        mine, other = getattr(model.config, name), getattr(reference.config, name)
+        if mine != other:
+            raise T3DError(f"train.reference_path: {path} has {name} {other}, the student {mine}")
+    if its_tokenizer is not None and tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
+        raise T3DError(f"train.reference_path: {path} has another tokenizer than the student")
+    return reference
 
 
 def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
