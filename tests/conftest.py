@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", print_blob=True)
 settings.load_profile("same")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads would only be in each other's way
+    torch.set_num_threads(1)
 
 
 def make_model(
