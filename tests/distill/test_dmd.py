@@ -163,9 +163,11 @@ def test_the_number_of_masks_is_uniform_and_the_places_are_random():
     assert 0 < masked_again(block, 1.0)[-2:].sum() <= 2
 
 
+@pytest.mark.parametrize("heat", [1.0, 0.5])
 @pytest.mark.parametrize(("steps", "critic"), [(1, True), (3, True), (3, False)])
-def test_the_loss_is_its_formula(monkeypatch, steps, critic):
-    batch, objective = make_batch(2, steps=steps, late_weight=1.0, states_per_sequence=2)
+def test_the_loss_is_its_formula(monkeypatch, steps, critic, heat):
+    settings = {"late_weight": 1.0, "states_per_sequence": 2, "on_policy_temperature": heat}
+    batch, objective = make_batch(2, steps=steps, **settings)
     torch.manual_seed(0)
     again = masked_again(batch.block)
     monkeypatch.setattr(dmd, "masked_again", lambda *_: again)
@@ -183,6 +185,7 @@ def test_the_loss_is_its_formula(monkeypatch, steps, critic):
             written = (batch.block == batch.block[i]) & (batch.step < batch.step[i])
             before.view(-1)[batch.select[written]] = batch.target[written]
             logq = dense_logprobs(student, replace(batch, input_ids=before)).flatten(0, 1)[batch.select[i]]
+            logq = (logq / heat).log_softmax(-1)
             f = logf[i] if critic else logq
             values[i] = sum(float(logq[v].exp() * (f[v].clamp(min=-12) - logp[i, v].clamp(min=-12))) for v in range(63))
     each = []
@@ -276,6 +279,7 @@ def test_without_updates_there_is_no_fake_model(tmp_path):
         ({"fake_updates": -1}, "fake_updates must not be negative"),
         ({"fake_learning_rate": -1.0}, "fake_learning_rate must not be negative"),
         ({"on_policy_share": 0.5, "dmd_anchor": 0.0}, "set on_policy_share=1"),
+        ({"on_policy_temperature": 0.0}, "objective dmd needs it above 0"),
         ({"lora_rank": 2}, "dmd trains a whole copy beside the student"),
     ],
 )

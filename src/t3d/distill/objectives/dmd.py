@@ -59,8 +59,9 @@ class DMD(Referenced, OnPolicy, Critical):
     """`L = mean over blocks of mean_{i in M} l_i` on what the student writes, and `dmd_anchor` times the cross-entropy
     to the trajectories, with all of a block masked, in the steps that are not `on_policy_share`'s.
 
-    Both logarithms of l_i are at least `dmd_floor`. Samples are Q's own only at `on_policy_temperature` 1. With
-    `fake_updates` 0 there is no fake model and the student's q_i is f_i, which is exact for blocks written in one step.
+    Both logarithms of l_i are at least `dmd_floor`. Q is the student at `on_policy_temperature`, so that q_i is its
+    prediction at that temperature. With `fake_updates` 0 there is no fake model and q_i is f_i, which is exact for
+    blocks written in one step.
     """
 
     beyond_length = True  # the student's block is compared whole, with what stands behind its stop
@@ -73,6 +74,8 @@ class DMD(Referenced, OnPolicy, Critical):
     dmd_floor: float = setting(-12.0, "least log-probability of teacher and fake model that counts")
 
     def __post_init__(self):
+        if not self.on_policy_temperature:
+            raise T3DError("on_policy_temperature=0 has no distribution to match: objective dmd needs it above 0")
         if not self.dmd_anchor and self.on_policy_share < 1:
             raise T3DError("dmd_anchor=0 leaves the steps with trajectories nothing to learn: set on_policy_share=1")
 
@@ -94,17 +97,21 @@ class DMD(Referenced, OnPolicy, Critical):
         every = torch.ones_like(again)
         hidden, weight = ask.student(lambda h, w: (h, w), when_committed(batch, every, ask.mask_id))
         teacher, teacher_weight = ask.reference(lambda h, w: (h, w), shown)
-        fake, fake_weight = hidden[again].detach(), weight.detach()
-        if ask.critic is not None:
-            fake, fake_weight = ask.critic(lambda h, w: (h, w), shown)
-        terms = in_chunks(
-            lambda h, f, t: _terms(h, weight, f, fake_weight, t, teacher_weight, ask.mask_id, self.dmd_floor),
-            hidden[again],
-            fake,
-            teacher,
-            chunk=WHOLE_CHUNK,
-        )
-        loss = mean(segment_mean(terms, batch.block[again], batch.weight[again]))
+        if ask.critic is None:
+            fake, fake_weight, heat = hidden[again].detach(), weight.detach(), self.on_policy_temperature
+        else:
+            (fake, fake_weight), heat = ask.critic(lambda h, w: (h, w), shown), 1.0
+
+        def terms(h: Tensor, f: Tensor, t: Tensor) -> Tensor:  # three models' hidden states `(m, width)`: l_i, `(m,)`
+            q = (mask_free_logits(h, weight, ask.mask_id) / self.on_policy_temperature).softmax(-1)
+            with torch.no_grad():
+                logf = (mask_free_logits(f, fake_weight, ask.mask_id) / heat).log_softmax(-1)
+                logp = mask_free_logits(t, teacher_weight, ask.mask_id).log_softmax(-1)
+                gap = logf.clamp(min=self.dmd_floor) - logp.clamp(min=self.dmd_floor)
+            return (q * gap).sum(-1)
+
+        values = in_chunks(terms, hidden[again], fake, teacher, chunk=WHOLE_CHUNK)
+        loss = mean(segment_mean(values, batch.block[again], batch.weight[again]))
         return loss, {"loss/kl": loss.detach()}
 
     def _anchor(self, batch: TrainingBatch, ask: Ask):
@@ -128,14 +135,3 @@ def show_others(batch: TrainingBatch, again: Tensor, mask_id: int) -> TrainingBa
     fill = torch.where(again, mask_id, batch.target)
     ids = batch.input_ids.flatten().index_copy(0, batch.select, fill).view_as(batch.input_ids)
     return restate(batch, [ids], again.long() - 1)
-
-
-def _terms(hidden, weight, fake, fake_weight, teacher, teacher_weight, mask_id: int, floor: float) -> Tensor:
-    """l_i at each position, `(m,)`, from hidden states `(m, width)` and head weights of the three models."""
-    q = mask_free_logits(hidden, weight, mask_id).softmax(-1)
-    with torch.no_grad():
-        logf, logp = (
-            mask_free_logits(h, w, mask_id).log_softmax(-1).clamp(min=floor)
-            for h, w in ((fake, fake_weight), (teacher, teacher_weight))
-        )
-    return (q * (logf - logp)).sum(-1)
