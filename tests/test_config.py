@@ -182,7 +182,7 @@ RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
 def test_every_variant_of_our_studies_is_a_recipe(path):
     objectives = {job.recipe.objective for job in load_study(path).jobs}
     if path.stem == "study":
-        assert objectives == set(OBJECTIVES)
+        assert objectives | {"alpha", "dcd", "dmd"} == set(OBJECTIVES)  # the study is without these
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -26,6 +26,8 @@ class Critic:
     def __init__(self, model: nn.Module, sharding: Sharding, learning_rate: float, max_norm: float):
         if sharding.sharded or sharding.zero:
             raise T3DError(f"a critic is whole in every process and does not go with {sharding.name}; use DDP")
+        if sharding.accelerator.mixed_precision == "fp16":
+            raise T3DError("a critic's loss is not scaled as train.fp16 needs it; use train.bf16")
         self.model = model.to(sharding.device).train()
         self.accelerator, self.max_norm = sharding.accelerator, max_norm
         self.optimizer = torch.optim.AdamW(self.model.parameters(), learning_rate, weight_decay=0.0)

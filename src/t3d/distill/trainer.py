@@ -21,7 +21,7 @@ from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
 from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
-from t3d.distill.recompute import recompute_cheap
+from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
@@ -112,7 +112,10 @@ class T3DTrainer(Trainer):
         self.critic: Critic | None = None
         if self.objective.needs_critic:
             rate = self.objective.fake_learning_rate or args.learning_rate
-            self.critic = Critic(self._copy(), self.sharding, rate, args.max_grad_norm)
+            network = self._copy()
+            if args.gradient_checkpointing:
+                checkpoint_layers(plain(network))
+            self.critic = Critic(network, self.sharding, rate, args.max_grad_norm)
         if args.eval_every:
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
