@@ -12,8 +12,8 @@ block written in one step), and f_i of the fake model and p_i of the teacher in 
     l_i = sum_v q_i(v) * stopgrad(log f_i(v) - log p_i(v))
 
 Why. Let V be the tokens shown and i, and Q_V, P_V the distributions of x at V. If the student writes i in its last
-step, q_i enters Q_V(x_V) as a factor, or as one of a sum over what stands elsewhere. So the derivative with
-respect to q_i is
+step, Q_V(x_V) is a sum, over what stands outside of V, of products that each have one factor q_i(x_i). So the
+derivative with respect to q_i is
 
     d KL(Q_V || P_V) = E_x sum_v dq_i(v) [log Q_V(x_i = v, rest) - log P_V(x_i = v, rest)]
                      = E_x sum_v dq_i(v) [log f_i(v) - log p_i(v)]      if f_i(v) = Q(x_i = v | rest),
