@@ -153,6 +153,9 @@ def _weights(found: Sizes, arguments, gpus: int, strategy: str, half: bool, dtyp
     each, why = _optimizer(arguments)
     yield Part("train", "optimizer", trainable * each / parts, f"{trainable:,} x {each} bytes{share} ({why})")
     yield from _reference(found, arguments, gpus if in_shards else 1, size)
+    if arguments.method.needs_critic:
+        how = f"{found.parameters:,} x (2 x {size} + 8) bytes: weights, gradients, two moments"
+        yield Part("train", "critic", found.parameters * (2 * size + 8), how)
 
 
 def _optimizer(arguments) -> tuple[float, str]:

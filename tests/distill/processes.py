@@ -66,6 +66,7 @@ def work(rank: int, port: int, strategy: str, folder: str, settings: dict, resum
 
 def train(folder: str, settings: dict, resume: str | None = None) -> None:
     import torch
+    from safetensors.torch import save_file
     from test_trainer import config, trajectories
 
     from t3d.distill import T3DTrainer
@@ -77,6 +78,9 @@ def train(folder: str, settings: dict, resume: str | None = None) -> None:
     trainer = T3DTrainer(make_model(), config(folder, dataloader_pin_memory=False, **settings), data)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_student(Path(folder) / "student", torch.float32, make_model)
+    if trainer.critic is not None:
+        weights = {name: w.detach().clone() for name, w in trainer.critic.model.named_parameters()}
+        save_file(weights, Path(folder) / f"critic-{trainer.accelerator.process_index}.safetensors")
     if trainer.accelerator.is_main_process:
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
     if trainer.accelerator.num_processes > 1:

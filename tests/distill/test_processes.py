@@ -85,3 +85,18 @@ def test_losses_equal_those_of_one_process(tmp_path, context, alone, strategy, o
         shutil.rmtree(tmp_path / "again" / "student")
         launch(context, strategy, tmp_path / "again", settings, resume=tmp_path / "two" / "checkpoint-2")
         same(tmp_path / "again", tmp_path / "two", tolerance=0)
+
+
+def test_two_processes_keep_one_fake_model(tmp_path, context):
+    """Each learns from samples of its own, by the mean of both gradients."""
+    settings = SETTINGS | {"objective": "dmd", "round_interval": 0, "max_steps": 2, "per_device_train_batch_size": 2}
+    launch(context, "ddp", tmp_path / "two", settings)
+    mine, other = (load_file(tmp_path / "two" / f"critic-{rank}.safetensors") for rank in range(2))
+    for name, weight in mine.items():
+        assert torch.equal(weight, other[name]), name
+
+
+def test_a_fake_model_is_not_for_shards(tmp_path, context):
+    settings = SETTINGS | {"objective": "dmd", "round_interval": 0, "per_device_train_batch_size": 2}
+    with pytest.raises(AssertionError, match="a critic is whole in every process and does not go with fsdp2; use DDP"):
+        launch(context, "fsdp2", tmp_path / "two", settings)

@@ -107,6 +107,10 @@ class General(TrainingArguments):
         check(
             self.lora_rank or not self.lora_4bit, "lora_4bit needs lora_rank: the 4-bit weights themselves are frozen"
         )
+        check(
+            not (self.lora_rank and method.needs_critic),
+            f"lora_rank: {self.objective} trains a whole copy beside the student; leave it out, or set fake_updates=0",
+        )
         kinds = ("auto", "flex_attention", "block_sdpa", "sdpa", "eager")
         check(self.attention in kinds, f"attention is one of {', '.join(kinds)}, got {self.attention!r}")
         check(self.lora_targets, "lora_targets must not be empty")

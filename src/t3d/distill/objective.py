@@ -7,7 +7,7 @@ Adding one is a file in `objectives/`, or a module that an installed package nam
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +35,7 @@ class Ask:
     student: Forward
     reference: Forward | None
     mask_id: int
+    critic: Forward | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Objective:
     random_ratio = 0.0
     round_interval = 0
     on_policy_share = 0.0
+    fake_updates = 0
 
     states_per_sequence: int = setting(
         1, "noisy states of one trajectory that share its clean copy in a forward", low=1
@@ -84,6 +86,10 @@ class Objective:
     def loss(self, batch: TrainingBatch, ask: Ask) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, a mean over `unit`s, and detached scalars to log."""
         raise NotImplementedError
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.fake_updates > 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,18 @@ class OnPolicy(Objective):
     on_policy_temperature: float = setting(0.5, "temperature of the student's own contexts", low=0)
 
 
+@dataclass(frozen=True)
+class Critical(Objective):
+    """Part: a critic, a second model that learns what the student itself writes, in the steps with own contexts."""
+
+    fake_updates: int = setting(1, "updates of the fake model before each step of the student; 0: none is kept", low=0)
+    fake_learning_rate: float = setting(0.0, "the fake model's constant rate; 0: the student's peak rate", low=0)
+
+    def critic_loss(self, batch: TrainingBatch, critic: Forward, mask_id: int) -> Tensor:
+        """The scalar that the critic minimises."""
+        raise NotImplementedError
+
+
 def other_default(owner: type, name: str, default) -> Any:
     """The field `name` of a part with another default, for an objective that redefines it."""
     part = next(f for f in fields(owner) if f.name == name)
@@ -187,7 +205,7 @@ def total_loss(objective: Objective, batch: TrainingBatch, ask: Ask) -> tuple[Te
         found.append(logp)
         return result
 
-    loss, metrics = objective.loss(batch, Ask(student, ask.reference, ask.mask_id))
+    loss, metrics = objective.loss(batch, replace(ask, student=student))
     ce = -mean(torch.cat(found)[:, 0])
     return loss + objective.stop_ce * ce, metrics | {"loss/stop": ce.detach()}
 

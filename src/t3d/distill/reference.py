@@ -46,7 +46,7 @@ class Reference:
         name = self.sharding.file("reference")
         if name is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(_owned(self._own()), folder / name)
+            save_file(without_doubles(self._own()), folder / name)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote in `folder`, if anything. Every process must call it."""
@@ -112,7 +112,7 @@ def mix(own: dict[str, Tensor], student: dict[str, Tensor], decay: float) -> Non
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """The model as it is now, to be frozen."""
+    """The model as it is now, once more."""
     with torch.no_grad():
         return copy.deepcopy(model)
 
@@ -132,7 +132,7 @@ def _offload(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return {name: weights[name] for name in names}
 
 
-def _owned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_doubles(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without tied doubles, contiguous, as safetensors wants them."""
     seen, kept = set(), {}
     for name, tensor in weights.items():

@@ -14,13 +14,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns
+from t3d.distill.critic import Critic
 from t3d.distill.data import StateDataset
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
 from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
-from t3d.distill.recompute import recompute_cheap
+from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
@@ -108,6 +109,13 @@ class T3DTrainer(Trainer):
         if self.objective.needs_reference:
             self.reference = self._make_reference(reference)
             self.add_callback(_Rounds(self))
+        self.critic: Critic | None = None
+        if self.objective.needs_critic:
+            rate = self.objective.fake_learning_rate or args.learning_rate
+            network = self._copy()
+            if args.gradient_checkpointing:
+                checkpoint_layers(plain(network))
+            self.critic = Critic(network, self.sharding, rate, args.max_grad_norm)
         if args.eval_every:
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
@@ -136,15 +144,23 @@ class T3DTrainer(Trainer):
                 "train.reference_offload is for a reference that is whole on every GPU; here it is sharded, and its "
                 "shards can be offloaded by accelerate's own settings"
             )
-        model = given if given is not None else copy_of(self.model)
-        if args.compile_layers:
-            compile_layers(model, args)
-        return Reference(model, self.sharding, args.reference_offload)
+        if given is not None and args.compile_layers:
+            compile_layers(given, args)
+        return Reference(self._copy() if given is None else given, self.sharding, args.reference_offload)
+
+    def _copy(self) -> nn.Module:
+        """The student as it is now, once more."""
+        model = copy_of(self.model)
+        if self.args.compile_layers:
+            compile_layers(model, self.args)
+        return model
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self._resumed = resume_from_checkpoint or None
+        if self.critic is not None and self._resumed:
+            self.critic.load(Path(self._resumed))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
@@ -188,7 +204,8 @@ class T3DTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, units = TrainingBatch(**inputs), self._units(inputs)
-        if turns(self.state.global_step, self.objective.on_policy_share):
+        own = turns(self.state.global_step, self.objective.on_policy_share)
+        if own:
             batch = self._own_contexts(batch)
         implementation = plain(self.sharding.unwrap(model)).config._attn_implementation
 
@@ -213,8 +230,9 @@ class T3DTrainer(Trainer):
                 )
             return result
 
-        def student(head):
-            return forward(model, self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head)
+        def student(head, *other):
+            head = self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head
+            return forward(model, head, *other)
 
         def reference(head, *other):
             def ask():
@@ -223,8 +241,16 @@ class T3DTrainer(Trainer):
 
             return self._values.get(batch, ask) if self._values is not None else ask()
 
+        def critic(head, *other):
+            with self.accelerator.autocast():
+                return forward(self.critic.model, head, *other)
+
+        if own and self.critic is not None:
+            learn = partial(self.objective.critic_loss, batch, critic, self.mask_id)
+            self._meter.add("loss/fake", self.critic.update(learn, self.objective.fake_updates), units)
         if len(batch.select):
-            loss, metrics = total_loss(self.objective, batch, Ask(student, reference, self.mask_id))
+            ask = Ask(student, reference, self.mask_id, torch.no_grad()(critic) if self.critic is not None else None)
+            loss, metrics = total_loss(self.objective, batch, ask)
         else:  # nothing is masked; the other processes wait for this one's gradients all the same
             loss, metrics = forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0), {}
         self._check(loss, batch)
@@ -276,8 +302,11 @@ class T3DTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.reference is not None and self.objective.round_interval:
-            self.reference.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self.reference.save(folder)
+        if self.critic is not None:
+            self.critic.save(folder)
 
     def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
         """Write the student as it is as an ordinary HF folder; every process must call it.
