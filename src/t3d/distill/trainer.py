@@ -15,6 +15,7 @@ from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns
 from t3d.distill.data import StateDataset
+from t3d.distill.groups import load_batches, own_groups, save_batches
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
@@ -26,6 +27,7 @@ from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
 from t3d.distill.saving import empty_like, whole_student
 from t3d.distill.sharding import Sharding
+from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.models import save_model
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
@@ -40,6 +42,8 @@ class T3DTrainer(Trainer):
     reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now, or with
     LoRA `model` without its adapter.
     held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
+    judge: verdicts of a list of answers, for rewards that need them, see `t3d.distill.rewards.Judge`.
+    engine: settings of `t3d.engine.make_engine`, for objectives that decode groups of answers.
     Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming, and
     several processes under `accelerate launch` or `torchrun`.
     """
@@ -52,11 +56,17 @@ class T3DTrainer(Trainer):
         reference: nn.Module | None = None,
         processing_class=None,
         held_out: Callable | None = None,
+        judge: Callable | None = None,
+        engine: dict | None = None,
         **kwargs,
     ):
         self.objective = args.method
         self.mask_id = model.config.mask_token_id
-        self.held_out = held_out
+        self.held_out, self.judge, self.engine = held_out, judge, engine or {}
+        if self.objective.rl_updates and self.objective.rl_reward == "accuracy" and judge is None:
+            raise T3DError(
+                f"objective {args.objective!r} needs verdicts: give T3DTrainer `judge`, or another train.rl_reward"
+            )
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
@@ -114,6 +124,8 @@ class T3DTrainer(Trainer):
             self.add_callback(_Evaluate())
         self._meter = Meter(self.accelerator)
         self._decoder: nn.Module | None = None
+        self._engine = None
+        self._answers: list[dict] | None = None  # the batches of own answers that are in use
         self._resumed: str | None = None
 
     def floating_point_ops(self, inputs) -> float:
@@ -145,7 +157,12 @@ class T3DTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self._resumed = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch's prompts with responses that the student decodes now."""
@@ -155,6 +172,34 @@ class T3DTrainer(Trainer):
         )
         self._meter.forwarded(forwarded)
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
+
+    def _own_answers(self, batches: list[dict]) -> list[dict]:
+        """The batches' prompts with groups of answers, decoded when a round of `rl_updates` steps begins."""
+        if self.state.global_step % self.objective.rl_updates == 0:
+            decoder = self.decoder()
+            if self._engine is None:
+                self._engine = make_engine(decoder, self.processing_class, **self.engine)
+            self._answers = [self._own_groups(batch["item"].tolist()) for batch in batches]
+        elif self._answers is None:
+            process = self.accelerator.process_index
+            self._answers = load_batches(Path(self._resumed), process, self.args.device)
+        return self._answers
+
+    def _own_groups(self, items: list[int]) -> dict:
+        """A batch of groups of answers to the prompts of these items, each with its policy's log-probabilities."""
+        base = [self.args.seed, self.state.global_step]
+        examples, found, forwarded = own_groups(
+            self._engine, self.train_dataset, items, self.objective, self.judge, base
+        )
+        self._meter.forwarded(forwarded)
+        self._meter.answered(found)
+        fields = self.data_collator(examples)
+        batch = TrainingBatch(**fields).to(self.args.device)
+        model = self.model_wrapped.eval()  # as it was decoded, without dropout
+        with torch.no_grad(), self.accelerator.autocast():
+            old = self._forward(model, self.objective.policy(batch, self.mask_id), batch)
+        model.train()
+        return {name: getattr(batch, name) for name in fields} | {"old_logp": old}
 
     def decoder(self) -> nn.Module:
         """The student as it is now, in a form that the engine can decode with; every process must call it."""
@@ -178,6 +223,8 @@ class T3DTrainer(Trainer):
         """The micro-batches of a step, and over how many units of the objective the step's loss is a mean."""
         self._meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.objective.rl_updates:
+            batches = self._own_answers(batches)
         units = torch.tensor(sum(self._units(batch) for batch in batches), dtype=torch.float64, device=device)
         return batches, self.accelerator.reduce(units, "sum").item()
 
@@ -190,43 +237,24 @@ class T3DTrainer(Trainer):
         batch, units = TrainingBatch(**inputs), self._units(inputs)
         if turns(self.state.global_step, self.objective.on_policy_share):
             batch = self._own_contexts(batch)
-        implementation = plain(self.sharding.unwrap(model)).config._attn_implementation
-
-        def forward(network: nn.Module, head, batch=batch):
-            module = plain(self.sharding.unwrap(network)).get_output_embeddings()
-            mask = batch.attention_mask(implementation)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
-                half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
-                mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
-            self._meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
-            result = network(
-                input_ids=batch.input_ids,
-                attention_mask=mask,
-                position_ids=batch.position,
-                select=batch.select,
-                head=lambda hidden, _: module(hidden, head),
-            )
-            if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):
-                raise T3DError(
-                    f"objective {self.args.objective!r} uses the language-model head outside of the forward, when "
-                    "ZeRO 3 has it in shards again; use fsdp2 or zero2"
-                )
-            return result
 
         def student(head):
-            return forward(model, self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head)
+            head = self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head
+            return self._forward(model, head, batch)
 
-        def reference(head, *other):
+        def reference(head, other=batch):
             def ask():
                 with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
-                    return forward(network, head, *other)
+                    return self._forward(network, head, other)
 
             return self._values.get(batch, ask) if self._values is not None else ask()
 
         if len(batch.select):
             loss, metrics = total_loss(self.objective, batch, Ask(student, reference, self.mask_id))
-        else:  # nothing is masked; the other processes wait for this one's gradients all the same
-            loss, metrics = forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0), {}
+        else:  # nothing is masked; the other processes wait for this one's gradients and shards all the same
+            loss, metrics = self._forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0, batch), {}
+            if self.sharding.sharded and self.reference is not None:
+                reference(lambda hidden, weight: hidden)
         self._check(loss, batch)
         for name, value in metrics.items():  # means over the loss's units, or over positions
             self._meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
@@ -236,6 +264,29 @@ class T3DTrainer(Trainer):
             loss = loss * (units * parts / num_items_in_batch)
         return loss
 
+    def _forward(self, network: nn.Module, head, batch: TrainingBatch):
+        """`head(hidden (m, width), lm_head weight)` of a forward of the student or the reference."""
+        inner = plain(self.sharding.unwrap(network))
+        module = inner.get_output_embeddings()
+        mask = batch.attention_mask(inner.config._attn_implementation)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
+            mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
+        self._meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
+        result = network(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position,
+            select=batch.select,
+            head=lambda hidden, _: module(hidden, head),
+        )
+        if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):
+            raise T3DError(
+                f"objective {self.args.objective!r} uses the language-model head outside of the forward, when "
+                "ZeRO 3 has it in shards again; use fsdp2 or zero2"
+            )
+        return result
+
     def _is_logged(self) -> bool:
         """Whether the step being computed is the last before something is logged."""
         return self.state.logging_steps and (self.state.global_step + 1) % self.state.logging_steps == 0
@@ -244,10 +295,10 @@ class T3DTrainer(Trainer):
         if not math.isfinite(loss.item()):
             ids = [self.train_dataset.trajectory(item).prompt_id for item in batch.item.tolist() if item >= 0]
             more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+            where = ", ".join(map(repr, ids[:4])) + more if ids else "the student's own answers"
             raise T3DError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}, on "
-                f"{', '.join(map(repr, ids[:4]))}{more}; lower train.learning_rate, or continue from the last "
-                f"checkpoint in {self.args.output_dir}"
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}, on {where}; lower "
+                f"train.learning_rate, or continue from the last checkpoint in {self.args.output_dir}"
             )
 
     def log(self, logs, *args, **kwargs):
@@ -267,7 +318,8 @@ class T3DTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed)
+        times = max(self.objective.rl_updates, 1)
+        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed, times)
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.use_muon:
@@ -276,8 +328,11 @@ class T3DTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.reference is not None and self.objective.round_interval:
-            self.reference.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self.reference.save(folder)
+        if self.objective.rl_updates and self.state.global_step % self.objective.rl_updates:
+            save_batches(self._answers, folder, self.accelerator.process_index)
 
     def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
         """Write the student as it is as an ordinary HF folder; every process must call it.
