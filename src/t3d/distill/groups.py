@@ -1,6 +1,7 @@
 """Groups of answers that the student decodes to one prompt each, as examples with advantages."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 
 from t3d.decoding import DecodingConfig
 from t3d.decoding.sampling import derive_seed
-from t3d.distill.batch import COLUMNS
+from t3d.distill.batch import COLUMNS, TrainingBatch
 from t3d.distill.contexts import own_answers
 from t3d.distill.data import StateDataset
 from t3d.distill.objective import Reinforced
 from t3d.distill.rewards import advantages, worth
+from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.trajectories import Trajectory
 
@@ -67,22 +69,77 @@ def _example(dataset: StateDataset, answer: Trajectory, advantage: float, seed: 
     return example | {"advantage": np.full(len(example["select"]), advantage)}
 
 
-def save_batches(batches: list[dict], folder: Path, process: int) -> None:
-    """Write the batches that this process goes on with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(batches, folder / _file(process))
+class OwnGroups:
+    """The batches that a trainer learns from instead of its dataset's: groups of answers to the same prompts.
 
+    They are decoded every `rl_updates` optimizer steps. A checkpoint in between holds those in use, so that a run that
+    goes on from it ends as if it had not been stopped.
+    """
 
-def load_batches(folder: Path, process: int, device) -> list[dict]:
-    """Read what `save_batches` wrote."""
-    path = folder / _file(process)
-    if not path.exists():
-        raise T3DError(
-            f"{folder} lacks the answers in use, {path.name}; continue with as many processes and the rl_updates that "
-            "it was saved with"
-        )
-    return torch.load(path, map_location=device)
+    def __init__(self, trainer, judge: Callable | None, engine: dict):
+        self.trainer, self.objective, self.judge, self.options = trainer, trainer.objective, judge, engine
+        if self.objective.rl_reward == "accuracy" and judge is None:
+            raise T3DError(
+                f"objective {self.objective.name!r} needs verdicts: give T3DTrainer `judge`, or another train.rl_reward"
+            )
 
+    @contextmanager
+    def of(self, checkpoint: str | None):
+        """Inside, a training from this checkpoint, or from the beginning."""
+        self._checkpoint, self._engine, self._batches = checkpoint, None, None
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                self._engine.close()
 
-def _file(process: int) -> str:
-    return f"answers-{process:05d}.pt"
+    def batches(self, given: list[dict]) -> list[dict]:
+        """The micro-batches of a step, for the prompts of those given. Every process must call it."""
+        trainer = self.trainer
+        if not self._under_way():
+            decoder = trainer.decoder()
+            if self._engine is None:
+                self._engine = make_engine(decoder, trainer.processing_class, **self.options)
+            self._batches = [self._batch(batch["item"].tolist()) for batch in given]
+        elif self._batches is None:
+            path = Path(self._checkpoint) / self._file
+            if not path.exists():
+                raise T3DError(
+                    f"{self._checkpoint} lacks the answers in use, {path.name}; continue with as many processes and "
+                    "the train.rl_updates that it was saved with"
+                )
+            self._batches = torch.load(path, map_location=trainer.args.device)
+        return self._batches
+
+    def save(self, folder: Path) -> None:
+        """Write the batches that this process goes on with, if any."""
+        if self._under_way():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self._batches, folder / self._file)
+
+    def _under_way(self) -> bool:
+        """Whether the next step is not the first to learn from its answers."""
+        return self.trainer.state.global_step % self.objective.rl_updates > 0
+
+    @property
+    def _file(self) -> str:
+        return f"answers-{self.trainer.accelerator.process_index:05d}.pt"
+
+    def _batch(self, items: list[int]) -> dict:
+        """Groups of answers to the prompts of these items, each with its policy's log-probabilities."""
+        trainer = self.trainer
+        base = [trainer.args.seed, trainer.state.global_step]
+        dataset = trainer.train_dataset
+        examples, found, forwarded = own_groups(self._engine, dataset, items, self.objective, self.judge, base)
+        trainer.meter.forwarded(forwarded)
+        trainer.meter.answered(found)
+        fields = trainer.data_collator(examples)
+        batch = TrainingBatch(**fields).to(trainer.args.device)
+        model = trainer.model_wrapped
+        model.eval()  # as it was decoded, without dropout
+        with torch.no_grad(), trainer.accelerator.autocast():
+            old = trainer.forward(
+                trainer.sharding.callable(model), self.objective.policy(batch, trainer.mask_id), batch
+            )
+        model.train()
+        return {name: getattr(batch, name) for name in fields} | {"old_logp": old}

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns
 from t3d.distill.data import StateDataset
-from t3d.distill.groups import load_batches, own_groups, save_batches
+from t3d.distill.groups import OwnGroups
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
@@ -27,7 +28,6 @@ from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
 from t3d.distill.saving import empty_like, whole_student
 from t3d.distill.sharding import Sharding
-from t3d.engine import make_engine
 from t3d.errors import T3DError
 from t3d.models import save_model
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
@@ -62,11 +62,8 @@ class T3DTrainer(Trainer):
     ):
         self.objective = args.method
         self.mask_id = model.config.mask_token_id
-        self.held_out, self.judge, self.engine = held_out, judge, engine or {}
-        if self.objective.rl_updates and self.objective.rl_reward == "accuracy" and judge is None:
-            raise T3DError(
-                f"objective {args.objective!r} needs verdicts: give T3DTrainer `judge`, or another train.rl_reward"
-            )
+        self.held_out = held_out
+        self._groups = OwnGroups(self, judge, engine or {}) if self.objective.rl_updates else None
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
@@ -122,17 +119,15 @@ class T3DTrainer(Trainer):
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
             self.add_callback(_Evaluate())
-        self._meter = Meter(self.accelerator)
+        self.meter = Meter(self.accelerator)
         self._decoder: nn.Module | None = None
-        self._engine = None
-        self._answers: list[dict] | None = None  # the batches of own answers that are in use
         self._resumed: str | None = None
 
     def floating_point_ops(self, inputs) -> float:
         """Of the last micro-batch, `total_flos` of the state adds them up: 2 per weight and token, the reference's and
         the engine's forwards included, a backward pass as two forwards; without embeddings and attention scores."""
         network = plain(self.sharding.unwrap(self.model))
-        return self._meter.operations(network.num_parameters(exclude_embeddings=True))
+        return self.meter.operations(network.num_parameters(exclude_embeddings=True))
 
     def _make_reference(self, given: nn.Module | None) -> Reference:
         args = self.args
@@ -157,12 +152,8 @@ class T3DTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self._resumed = resume_from_checkpoint or None
-        try:
+        with self._groups.of(self._resumed) if self._groups is not None else nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            if self._engine is not None:
-                self._engine.close()
-            self._engine = None
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch's prompts with responses that the student decodes now."""
@@ -170,36 +161,8 @@ class T3DTrainer(Trainer):
         examples, forwarded = own_contexts(
             self.decoder(), self.train_dataset, items, self.objective, [self.args.seed, self.state.global_step]
         )
-        self._meter.forwarded(forwarded)
+        self.meter.forwarded(forwarded)
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
-
-    def _own_answers(self, batches: list[dict]) -> list[dict]:
-        """The batches' prompts with groups of answers, decoded when a round of `rl_updates` steps begins."""
-        if self.state.global_step % self.objective.rl_updates == 0:
-            decoder = self.decoder()
-            if self._engine is None:
-                self._engine = make_engine(decoder, self.processing_class, **self.engine)
-            self._answers = [self._own_groups(batch["item"].tolist()) for batch in batches]
-        elif self._answers is None:
-            process = self.accelerator.process_index
-            self._answers = load_batches(Path(self._resumed), process, self.args.device)
-        return self._answers
-
-    def _own_groups(self, items: list[int]) -> dict:
-        """A batch of groups of answers to the prompts of these items, each with its policy's log-probabilities."""
-        base = [self.args.seed, self.state.global_step]
-        examples, found, forwarded = own_groups(
-            self._engine, self.train_dataset, items, self.objective, self.judge, base
-        )
-        self._meter.forwarded(forwarded)
-        self._meter.answered(found)
-        fields = self.data_collator(examples)
-        batch = TrainingBatch(**fields).to(self.args.device)
-        model = self.model_wrapped.eval()  # as it was decoded, without dropout
-        with torch.no_grad(), self.accelerator.autocast():
-            old = self._forward(model, self.objective.policy(batch, self.mask_id), batch)
-        model.train()
-        return {name: getattr(batch, name) for name in fields} | {"old_logp": old}
 
     def decoder(self) -> nn.Module:
         """The student as it is now, in a form that the engine can decode with; every process must call it."""
@@ -221,10 +184,10 @@ class T3DTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and over how many units of the objective the step's loss is a mean."""
-        self._meter.start()
+        self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.objective.rl_updates:
-            batches = self._own_answers(batches)
+        if self._groups is not None:
+            batches = self._groups.batches(batches)
         units = torch.tensor(sum(self._units(batch) for batch in batches), dtype=torch.float64, device=device)
         return batches, self.accelerator.reduce(units, "sum").item()
 
@@ -239,32 +202,32 @@ class T3DTrainer(Trainer):
             batch = self._own_contexts(batch)
 
         def student(head):
-            head = self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head
-            return self._forward(model, head, batch)
+            head = self.meter.watched(head, batch, self.mask_id) if self._is_logged() else head
+            return self.forward(model, head, batch)
 
         def reference(head, other=batch):
             def ask():
                 with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
-                    return self._forward(network, head, other)
+                    return self.forward(network, head, other)
 
             return self._values.get(batch, ask) if self._values is not None else ask()
 
         if len(batch.select):
             loss, metrics = total_loss(self.objective, batch, Ask(student, reference, self.mask_id))
         else:  # nothing is masked; the other processes wait for this one's gradients and shards all the same
-            loss, metrics = self._forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0, batch), {}
+            loss, metrics = self.forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0, batch), {}
             if self.sharding.sharded and self.reference is not None:
                 reference(lambda hidden, weight: hidden)
         self._check(loss, batch)
         for name, value in metrics.items():  # means over the loss's units, or over positions
-            self._meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
-        self._meter.seen(batch.tokens)
+            self.meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
+        self.meter.seen(batch.tokens)
         if num_items_in_batch:  # Trainer divides by the accumulation, the backend by the processes: undo both
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (units * parts / num_items_in_batch)
         return loss
 
-    def _forward(self, network: nn.Module, head, batch: TrainingBatch):
+    def forward(self, network: nn.Module, head, batch: TrainingBatch):
         """`head(hidden (m, width), lm_head weight)` of a forward of the student or the reference."""
         inner = plain(self.sharding.unwrap(network))
         module = inner.get_output_embeddings()
@@ -272,7 +235,7 @@ class T3DTrainer(Trainer):
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
             half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
             mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
-        self._meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
+        self.meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
         result = network(
             input_ids=batch.input_ids,
             attention_mask=mask,
@@ -303,7 +266,7 @@ class T3DTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs |= self._meter.drain()
+            logs |= self.meter.drain()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -312,7 +275,7 @@ class T3DTrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in means(parts).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._meter.restart()
+        self.meter.restart()
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
@@ -331,8 +294,8 @@ class T3DTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.reference is not None and self.objective.round_interval:
             self.reference.save(folder)
-        if self.objective.rl_updates and self.state.global_step % self.objective.rl_updates:
-            save_batches(self._answers, folder, self.accelerator.process_index)
+        if self._groups is not None:
+            self._groups.save(folder)
 
     def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
         """Write the student as it is as an ordinary HF folder; every process must call it.
