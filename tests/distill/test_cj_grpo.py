@@ -257,3 +257,21 @@ def test_answers_are_decoded_as_asked_for():
     assert (decoding(method, 4).steps, decoding(method, 4).temperature) == (4, 0.7)
     method = arguments(rl_threshold=0.6).method
     assert (decoding(method, 4).strategy, decoding(method, 4).threshold) == ("low_confidence_dynamic", 0.6)
+
+
+def test_workers_decode_the_same_answers(tmp_path):
+    """Two rounds, so that the workers get the weights of the second."""
+    ray = pytest.importorskip("ray", reason="needs the extra t3d[ray]")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    runs = [weights(make_model())]
+    try:
+        for engine in ({}, {"workers": 1}):
+            settings = config(tmp_path, objective="cj_grpo", rl_group=4, rl_updates=2, max_steps=4, save_steps=100)
+            training = T3DTrainer(make_model(), settings, trajectories(), judge=has_token, engine=engine)
+            training.train()
+            runs.append(weights(training.model))
+    finally:
+        ray.shutdown()
+    before, here, there = runs
+    assert all(torch.equal(weight, there[name]) for name, weight in here.items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in here.items())
