@@ -70,8 +70,9 @@ def test_the_attention_does_not_change_the_training(tmp_path, attention):
 
 def test_every_objective_takes_a_step(tmp_path):
     for name in OBJECTIVES:
+        arguments = config(tmp_path, objective=name, max_steps=1, logging_steps=1, save_steps=100)
         trainer = T3DTrainer(
-            make_model(), config(tmp_path, objective=name, max_steps=1, logging_steps=1, save_steps=100), trajectories()
+            make_model(), arguments, trajectories(), judge=lambda answers: [a.response_ids[0] % 2 == 0 for a in answers]
         )
         before = weights(trainer.model)
         trainer.train()

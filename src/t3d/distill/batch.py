@@ -10,7 +10,7 @@ from t3d.blocks import CLEAN, PADDING, Layout
 
 
 def _each():
-    """A column: one value for each supervised position."""
+    """A column: one value for each supervised position, 0 where an example has none."""
     return field(metadata={"column": True})
 
 
@@ -23,7 +23,8 @@ class TrainingBatch:
     step, rank: the step at which, and the place in the order in which, it was committed in its block; weight: what it
     counts in the loss; part: the term of the loss that it belongs to; stop: 1 where it ends the response; labelled: 1
     where the target is part of a stored response, through its stop, 0 where it is the student's own; sequence, block:
-    numbers of the noisy sequence (a document's copy) and of the noisy block it is in, counted over the batch.
+    numbers of the noisy sequence (a document's copy) and of the noisy block it is in, counted over the batch;
+    advantage: what its answer is worth beside others to the prompt; old_logp: its log-probability when it was sampled.
     item: each document's place in the dataset, `(documents,)`; -1: none.
     """
 
@@ -42,6 +43,8 @@ class TrainingBatch:
     labelled: Tensor = _each()
     sequence: Tensor = _each()
     block: Tensor = _each()
+    advantage: Tensor = _each()
+    old_logp: Tensor = _each()
     item: Tensor
     block_size: int
     _masks: dict = field(default_factory=dict, init=False, repr=False)
@@ -102,7 +105,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
             grid["document"][r, span] = i
             flat["select"].append(r * length + at + example["select"])
             for name in given:
-                flat[name].append(example[name])
+                flat[name].append(example.get(name, np.zeros(len(example["select"]))))
             flat["sequence"].append(np.stack([np.full(len(example["select"]), i), example["supervised_copy"]], 1))
             flat["block"].append(np.c_[flat["sequence"][-1], example["supervised_block"]])
             at = span.stop

@@ -1,6 +1,7 @@
 """Contexts that the student itself decodes, for objectives that learn in them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -10,6 +11,7 @@ from t3d.decoding.sampling import derive_seed
 from t3d.distill.data import StateDataset
 from t3d.distill.objective import OnPolicy
 from t3d.engine import Engine
+from t3d.trajectories import Trajectory
 
 
 def own_contexts(
@@ -20,22 +22,30 @@ def own_contexts(
     They depend on `base`, numbers that seed what is random, and on each prompt's place in the dataset, not on which
     process has it. Also the tokens that went through the student.
     """
-    block_size = student.config.block_size
-    given = [dataset.trajectory(item) for item in items]
     decoding = DecodingConfig(
-        steps=min(int(np.random.default_rng(base).choice(objective.on_policy_steps)), block_size),
+        steps=min(int(np.random.default_rng(base).choice(objective.on_policy_steps)), dataset.block_size),
         temperature=objective.on_policy_temperature,
-        max_tokens=max(len(trajectory.response_ids) for trajectory in given),
     )
-    engine = Engine(student, max_batch_size=len(given))
     seeds = [derive_seed(*base, item) for item in items]
-    trajectories = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
+    engine = Engine(student, max_batch_size=len(items))
+    trajectories, forwarded = own_answers(engine, dataset, items, seeds, decoding)
     examples = [
         dataset.states(trajectory, np.random.default_rng([*base, item]))
         for trajectory, item in zip(trajectories, items, strict=True)
     ]
-    blocks = sum(trajectory.nfe.predicting + trajectory.nfe.commit for trajectory in trajectories)
-    return examples, sum(len(trajectory.prompt_ids) for trajectory in trajectories) + blocks * block_size
+    return examples, forwarded
+
+
+def own_answers(
+    engine, dataset: StateDataset, items: list[int], seeds: list[int], decoding: DecodingConfig
+) -> tuple[list[Trajectory], int]:
+    """Answers of the engine's model to the prompts of the dataset's `items`, one for each of the seeds, as long as the
+    longest that the dataset has to them; and the tokens that went through the model."""
+    given = [dataset.trajectory(item) for item in items]
+    decoding = replace(decoding, max_tokens=max(len(trajectory.response_ids) for trajectory in given))
+    answers = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
+    blocks = sum(answer.nfe.predicting + answer.nfe.commit for answer in answers)
+    return answers, sum(len(answer.prompt_ids) for answer in answers) + blocks * dataset.block_size
 
 
 def turns(step: int, share: float) -> bool:

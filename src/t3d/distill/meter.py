@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t3d.distill.batch import TrainingBatch
 from t3d.distill.logprobs import choose_tokens
+from t3d.trajectories import Trajectory
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16 FLOP/s of a GPU
 
@@ -43,6 +44,15 @@ class Meter:
 
     def seen(self, tokens: int) -> None:
         self._tokens += tokens
+
+    def answered(self, answers: list[tuple[Trajectory, float, float]]) -> None:
+        """Note the student's own answers, each with its reward and advantage."""
+        count = len(answers)
+        tokens, forwards = (sum(f(t) for t, *_ in answers) for f in (lambda t: t.length, lambda t: t.nfe.predicting))
+        self.add("answers/reward", sum(reward for _, reward, _ in answers) / count, count)
+        self.add("answers/spread", sum(gain != 0 for *_, gain in answers) / count, count)
+        self.add("answers/tokens", tokens / count, count)
+        self.add("answers/tpf", tokens / forwards, forwards)
 
     def forwarded(self, tokens: int) -> None:
         """Tokens went through a model; a backward pass counts as two forwards."""

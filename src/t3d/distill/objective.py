@@ -17,6 +17,7 @@ from torch import Tensor
 from t3d.components import setting
 from t3d.distill.batch import TrainingBatch
 from t3d.distill.logprobs import token_logprobs
+from t3d.distill.rewards import find_reward
 from t3d.distill.states import ORDERS, Response, State, trajectory_mask, uniform_mask
 
 # Runs a model and applies `head(hidden (m, width), lm_head weight)` at the supervised positions: of the batch at hand,
@@ -53,6 +54,7 @@ class Objective:
     round_interval = 0
     on_policy_share = 0.0
     fake_updates = 0
+    rl_updates = 0
 
     states_per_sequence: int = setting(
         1, "noisy states of one trajectory that share its clean copy in a forward", low=1
@@ -168,6 +170,42 @@ class Critical(Objective):
     def critic_loss(self, batch: TrainingBatch, critic: Forward, mask_id: int) -> Tensor:
         """The scalar that the critic minimises."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Reinforced(Objective):
+    """Part: groups of answers that the student itself decodes to the trajectories' prompts, with rewards.
+
+    An answer's advantage is its reward minus its group's mean.
+    """
+
+    rl_group: int = setting(6, "answers to each prompt, compared with each other", low=2)
+    rl_steps: int = setting(1, "denoising steps per block of these answers", low=1)
+    rl_threshold: float = setting(
+        0.0,
+        "above 0: their steps commit what is more confident than this (low_confidence_dynamic) instead",
+        low=0,
+        below=1,
+    )
+    rl_temperature: float = setting(1.0, "temperature of these answers, and of the policy that is optimised", above=0)
+    rl_updates: int = setting(1, "optimizer steps that learn from the same answers", low=1)
+    rl_reward: str = setting(
+        "accuracy",
+        "what an answer is worth: 'accuracy' (the task's verdict), 'format' (whether it stopped by itself), or a "
+        "function of (text, trajectory, forwards) as module:function",
+    )
+    rl_cost: float = setting(
+        0.0, "taken from the reward: this * the answer's forwards / those of the stored answer in full steps", low=0
+    )
+
+    def __post_init__(self):
+        find_reward(self.rl_reward)
+
+    def policy(self, batch: TrainingBatch, mask_id: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A head that gives `log p` of the batch's tokens under what they are sampled from, `(m,)`."""
+        return lambda hidden, weight: token_logprobs(
+            hidden / self.rl_temperature, weight, batch.target[:, None], mask_id
+        )[:, 0]
 
 
 def other_default(owner: type, name: str, default) -> Any:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns
 from t3d.distill.critic import Critic
 from t3d.distill.data import StateDataset
+from t3d.distill.groups import OwnGroups
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
@@ -41,6 +43,8 @@ class T3DTrainer(Trainer):
     reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now, or with
     LoRA `model` without its adapter.
     held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
+    judge: verdicts of a list of answers, for rewards that need them, see `t3d.distill.rewards.Judge`.
+    engine: settings of `t3d.engine.make_engine`, for objectives that decode groups of answers.
     Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming, and
     several processes under `accelerate launch` or `torchrun`.
     """
@@ -53,11 +57,14 @@ class T3DTrainer(Trainer):
         reference: nn.Module | None = None,
         processing_class=None,
         held_out: Callable | None = None,
+        judge: Callable | None = None,
+        engine: dict | None = None,
         **kwargs,
     ):
         self.objective = args.method
         self.mask_id = model.config.mask_token_id
         self.held_out = held_out
+        self._groups = OwnGroups(self, judge, engine or {}) if self.objective.rl_updates else None
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
@@ -120,7 +127,7 @@ class T3DTrainer(Trainer):
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
             self.add_callback(_Evaluate())
-        self._meter = Meter(self.accelerator)
+        self.meter = Meter(self.accelerator)
         self._decoder: nn.Module | None = None
         self._resumed: str | None = None
 
@@ -128,7 +135,7 @@ class T3DTrainer(Trainer):
         """Of the last micro-batch, `total_flos` of the state adds them up: 2 per weight and token, the reference's and
         the engine's forwards included, a backward pass as two forwards; without embeddings and attention scores."""
         network = plain(self.sharding.unwrap(self.model))
-        return self._meter.operations(network.num_parameters(exclude_embeddings=True))
+        return self.meter.operations(network.num_parameters(exclude_embeddings=True))
 
     def _make_reference(self, given: nn.Module | None) -> Reference:
         args = self.args
@@ -161,7 +168,8 @@ class T3DTrainer(Trainer):
         self._resumed = resume_from_checkpoint or None
         if self.critic is not None and self._resumed:
             self.critic.load(Path(self._resumed))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._groups.of(self._resumed) if self._groups is not None else nullcontext():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch's prompts with responses that the student decodes now."""
@@ -169,7 +177,7 @@ class T3DTrainer(Trainer):
         examples, forwarded = own_contexts(
             self.decoder(), self.train_dataset, items, self.objective, [self.args.seed, self.state.global_step]
         )
-        self._meter.forwarded(forwarded)
+        self.meter.forwarded(forwarded)
         return TrainingBatch(**self.data_collator(examples)).to(self.args.device)
 
     def decoder(self) -> nn.Module:
@@ -192,8 +200,10 @@ class T3DTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and over how many units of the objective the step's loss is a mean."""
-        self._meter.start()
+        self.meter.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._groups is not None:
+            batches = self._groups.batches(batches)
         units = torch.tensor(sum(self._units(batch) for batch in batches), dtype=torch.float64, device=device)
         return batches, self.accelerator.reduce(units, "sum").item()
 
@@ -207,60 +217,63 @@ class T3DTrainer(Trainer):
         own = turns(self.state.global_step, self.objective.on_policy_share)
         if own:
             batch = self._own_contexts(batch)
-        implementation = plain(self.sharding.unwrap(model)).config._attn_implementation
 
-        def forward(network: nn.Module, head, batch=batch):
-            module = plain(self.sharding.unwrap(network)).get_output_embeddings()
-            mask = batch.attention_mask(implementation)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
-                half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
-                mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
-            self._meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
-            result = network(
-                input_ids=batch.input_ids,
-                attention_mask=mask,
-                position_ids=batch.position,
-                select=batch.select,
-                head=lambda hidden, _: module(hidden, head),
-            )
-            if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):
-                raise T3DError(
-                    f"objective {self.args.objective!r} uses the language-model head outside of the forward, when "
-                    "ZeRO 3 has it in shards again; use fsdp2 or zero2"
-                )
-            return result
+        def student(head, other=batch):
+            head = self.meter.watched(head, batch, self.mask_id) if self._is_logged() else head
+            return self.forward(model, head, other)
 
-        def student(head, *other):
-            head = self._meter.watched(head, batch, self.mask_id) if self._is_logged() else head
-            return forward(model, head, *other)
-
-        def reference(head, *other):
+        def reference(head, other=batch):
             def ask():
                 with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
-                    return forward(network, head, *other)
+                    return self.forward(network, head, other)
 
             return self._values.get(batch, ask) if self._values is not None else ask()
 
-        def critic(head, *other):
+        def critic(head, other=batch):
             with self.accelerator.autocast():
-                return forward(self.critic.model, head, *other)
+                return self.forward(self.critic.model, head, other)
 
         if own and self.critic is not None:
             learn = partial(self.objective.critic_loss, batch, critic, self.mask_id)
-            self._meter.add("loss/fake", self.critic.update(learn, self.objective.fake_updates), units)
+            self.meter.add("loss/fake", self.critic.update(learn, self.objective.fake_updates), units)
         if len(batch.select):
             ask = Ask(student, reference, self.mask_id, torch.no_grad()(critic) if self.critic is not None else None)
             loss, metrics = total_loss(self.objective, batch, ask)
-        else:  # nothing is masked; the other processes wait for this one's gradients all the same
-            loss, metrics = forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0), {}
+        else:  # nothing is masked; the other processes wait for this one's gradients and shards all the same
+            loss, metrics = self.forward(model, lambda hidden, weight: (hidden @ weight[:1].T).sum() * 0, batch), {}
+            if self.sharding.sharded and self.reference is not None:
+                reference(lambda hidden, weight: hidden)
         self._check(loss, batch)
         for name, value in metrics.items():  # means over the loss's units, or over positions
-            self._meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
-        self._meter.seen(batch.tokens)
+            self.meter.add(name, value, units if name.startswith(("loss/", "margin/")) else len(batch.select))
+        self.meter.seen(batch.tokens)
         if num_items_in_batch:  # Trainer divides by the accumulation, the backend by the processes: undo both
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (units * parts / num_items_in_batch)
         return loss
+
+    def forward(self, network: nn.Module, head, batch: TrainingBatch):
+        """`head(hidden (m, width), lm_head weight)` of a forward of the student or the reference."""
+        inner = plain(self.sharding.unwrap(network))
+        module = inner.get_output_embeddings()
+        mask = batch.attention_mask(inner.config._attn_implementation)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:  # else every layer would make one of its own
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else module.weight.dtype
+            mask = torch.zeros(mask.shape, dtype=half, device=mask.device).masked_fill_(~mask, -torch.inf)
+        self.meter.forwarded((1 + 2 * torch.is_grad_enabled()) * batch.tokens)
+        result = network(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position,
+            select=batch.select,
+            head=lambda hidden, _: module(hidden, head),
+        )
+        if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):
+            raise T3DError(
+                f"objective {self.args.objective!r} uses the language-model head outside of the forward, when "
+                "ZeRO 3 has it in shards again; use fsdp2 or zero2"
+            )
+        return result
 
     def _is_logged(self) -> bool:
         """Whether the step being computed is the last before something is logged."""
@@ -270,15 +283,15 @@ class T3DTrainer(Trainer):
         if not math.isfinite(loss.item()):
             ids = [self.train_dataset.trajectory(item).prompt_id for item in batch.item.tolist() if item >= 0]
             more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+            where = ", ".join(map(repr, ids[:4])) + more if ids else "the student's own answers"
             raise T3DError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}, on "
-                f"{', '.join(map(repr, ids[:4]))}{more}; lower train.learning_rate, or continue from the last "
-                f"checkpoint in {self.args.output_dir}"
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}, on {where}; lower "
+                f"train.learning_rate, or continue from the last checkpoint in {self.args.output_dir}"
             )
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs |= self._meter.drain()
+            logs |= self.meter.drain()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -287,13 +300,14 @@ class T3DTrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in means(parts).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._meter.restart()
+        self.meter.restart()
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed)
+        times = max(self.objective.rl_updates, 1)
+        return DrawSampler(len(self.train_dataset), batch_size, args.num_train_epochs, args.max_steps, args.seed, times)
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.use_muon:
@@ -307,6 +321,8 @@ class T3DTrainer(Trainer):
             self.reference.save(folder)
         if self.critic is not None:
             self.critic.save(folder)
+        if self._groups is not None:
+            self._groups.save(folder)
 
     def save_student(self, folder: Path, dtype: torch.dtype, base: Callable[[], nn.Module]) -> None:
         """Write the student as it is as an ordinary HF folder; every process must call it.

@@ -13,6 +13,7 @@ from t3d.config import Recipe
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.held_out import HeldOut
 from t3d.distill.lora import quantisation
+from t3d.distill.rewards import UNVERIFIED, Judge
 from t3d.embedded import checkpoint as checkpoint_of
 from t3d.errors import T3DError
 from t3d.log import log
@@ -71,6 +72,8 @@ class _Round:
             reference=load_reference(self.recipe, self.arguments, model, tokenizer, self.processes.several),
             processing_class=tokenizer,
             held_out=self._held_out(tokenizer),
+            judge=self._judge(),
+            engine=self._engine(),
         )
         for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
             trainer.remove_callback(callback)
@@ -106,6 +109,14 @@ class _Round:
 
     def _held_out(self, tokenizer) -> HeldOut | None:
         return held_out(self.recipe, self.arguments, tokenizer) if self.arguments.eval_every else None
+
+    def _judge(self) -> Judge | None:
+        return Judge(self.inputs.task, self.inputs.train_problems) if self.arguments.method.rl_updates else None
+
+    def _engine(self) -> dict:
+        """What decodes the student's answers: workers take whole weights from one process, and no adapter."""
+        engine = self.recipe.engine
+        return engine.local if self.processes.several or self.arguments.lora_rank else vars(engine)
 
 
 def student_of_round(run: RunFolder, number: int) -> Path:
@@ -152,6 +163,9 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
     for name in sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
         raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
     source(recipe).check(arguments, inputs)
+    judged = arguments.method.rl_updates and arguments.method.rl_reward == "accuracy"
+    if judged and inputs.task.verify("", inputs.train_problems[0]) is None:
+        raise T3DError(f"train.rl_reward: task {inputs.task.name!r} cannot verify answers; {UNVERIFIED}")
     if arguments.eval_every:
         held_out(recipe, arguments, inputs.teacher[1])
 
