@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from t3d.blocks import CLEAN, PADDING, Layout, sees
+from t3d.blocks import CLEAN, MASKS, PADDING, Layout, sees
 
 NAME = "block_sdpa"
 CHUNK = 64  # queries at a time; a noisy chunk pays for all of its own keys and uses the diagonal
@@ -179,3 +179,4 @@ def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
 
 AttentionInterface.register(NAME, block_sdpa_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+MASKS[NAME] = plan

@@ -6,8 +6,10 @@ hold response tokens; a decoder's row is the case without noisy copies. Consecut
 together, as several blocks in flight are: such a group sees what is clean before it, and itself from left to right.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,18 +142,22 @@ class Layout:
         Raises:
             T3DError: if the implementation has no form for such a mask.
         """
-        if implementation == "flex_attention":
-            return self.flex_mask()
-        if implementation == "sdpa":
-            return self.boolean_mask()
-        if implementation == "eager":  # it adds the mask to the scores
-            mask = self.boolean_mask()
-            return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if implementation == "block_sdpa":
-            from t3d.block_attention import plan
+        if implementation not in MASKS:
+            raise T3DError(
+                f"attention implementation {implementation!r} knows no block mask; "
+                "use sdpa, flex_attention, block_sdpa or eager"
+            )
+        return MASKS[implementation](self)
 
-            return plan(self)
-        raise T3DError(
-            f"attention implementation {implementation!r} knows no block mask; "
-            "use sdpa, flex_attention, block_sdpa or eager"
-        )
+    def additive_mask(self) -> Tensor:
+        """As `boolean_mask`, to be added to the scores: 0 or minus infinity."""
+        mask = self.boolean_mask()
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+# What each attention implementation takes; one that is registered with transformers adds its own
+MASKS: dict[str, Callable[[Layout], Any]] = {
+    "flex_attention": Layout.flex_mask,
+    "sdpa": Layout.boolean_mask,
+    "eager": Layout.additive_mask,
+}
