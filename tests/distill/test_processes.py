@@ -18,8 +18,6 @@ OBJECTIVES = {
     # a mean over tokens, contexts that are decoded from shards, and the head used outside of the forward
     # (three steps: what is sampled from weights that differ by roundings may differ)
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
-    # answers that are decoded from shards, of which some processes may have none to learn from
-    "cj_grpo": {"objective": "cj_grpo", "rl_reward": "format", "rl_updates": 2, "max_steps": 3},
 }
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs t3d[deepspeed]")
 
@@ -69,7 +67,6 @@ CASES = [
     ("fsdp2", "t3d"),
     ("fsdp2", "lora"),
     ("fsdp2", "mean_field"),
-    ("fsdp2", "cj_grpo"),
     pytest.param("zero1", "t3d", marks=deepspeed),
     pytest.param("zero2", "t3d", marks=deepspeed),
     pytest.param("zero3", "t3d", marks=deepspeed),
