@@ -37,17 +37,21 @@ SAME = {"strategy": "low_confidence_dynamic", "threshold": 0.5}  # as `mine` wit
 QUESTION = "Sam had 37 apples and Leo had 25. How many apples did they have in all?"
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """That of a process for which the package is installed."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "mine_decoding.py").write_text(POLICY)
-    about = folder / "mine_decoding-1.0.dist-info"
+def installed(folder: Path, kind: str, name: str, code: str) -> dict[str, str]:
+    """The environment of a process for which a package is installed that brings one component."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / f"{name}.py").write_text(code)
+    about = folder / "mine-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-decoding\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[t3d.policies]\nmine = mine_decoding\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[t3d.{kind}]\n{name} = mine.{name}\n")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return installed(tmp_path_factory.mktemp("site"), "policies", "mine", POLICY)
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +121,10 @@ def test_in_the_server(environment, tmp_path, teacher):
 
 @pytest.fixture(scope="module")
 def objective(tmp_path_factory) -> dict[str, str]:
-    """The environment of a process for which the guide's objective is installed."""
+    """With the guide's objective."""
     guide = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
     code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/focal.py"))
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "my_package").mkdir()
-    (folder / "my_package" / "focal.py").write_text(code.removeprefix("python\n"))
-    about = folder / "my_package-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[t3d.objectives]\nfocal = my_package.focal\n")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return installed(tmp_path_factory.mktemp("site"), "objectives", "focal", code.removeprefix("python\n"))
 
 
 def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
