@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from typing import ClassVar
 
@@ -41,7 +42,12 @@ def weights(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"objective": "sft", "optim": "muon", "states_per_sequence": 2}, {"objective": "pseudo_trajectory"}],
+    [
+        {},
+        {"draft_share": 0.5, "group_size": 2},
+        {"objective": "sft", "optim": "muon", "states_per_sequence": 2},
+        {"objective": "pseudo_trajectory"},
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
     whole = T3DTrainer(make_model(), config(tmp_path / "whole", **settings), trajectories())
@@ -66,6 +72,32 @@ def test_the_attention_does_not_change_the_training(tmp_path, attention):
         runs.append(weights(trainer.model))
     for a, b in zip(*(run.values() for run in runs), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
+def test_drafts_show_the_students_own_choice_and_stay_supervised(tmp_path):
+    seen = []
+
+    class Watch(T3DTrainer):
+        def forward(self, network, head, batch):
+            seen.append((network is self.model, torch.is_grad_enabled(), batch))
+            return super().forward(network, head, batch)
+
+    settings = {"objective": "path", "draft_share": 1.0, "state": "all_masked", "random_ratio": 0.0, "max_steps": 1}
+    model = make_model()
+    before = copy.deepcopy(model)
+    trainer = Watch(model, config(tmp_path, **settings), trajectories())
+    trainer.train()
+    (_, asked_with_gradient, masked), (_, learnt_with_gradient, shown) = seen
+    assert (asked_with_gradient, learnt_with_gradient) == (False, True)
+    assert torch.equal(masked.select, shown.select)
+    assert torch.equal(masked.target, shown.target)
+    assert (masked.input_ids.flatten()[masked.select] == 63).all()
+    with torch.no_grad():
+        logits = before(masked.input_ids, masked.layout.boolean_mask(), masked.position).logits.flatten(0, 1)
+    logits[:, 63] = -torch.inf
+    assert torch.equal(shown.input_ids.flatten()[shown.select], logits[masked.select].argmax(-1))
+    others = torch.ones(masked.input_ids.numel(), dtype=torch.bool).index_fill(0, masked.select, False)
+    assert torch.equal(masked.input_ids.flatten()[others], shown.input_ids.flatten()[others])
 
 
 def test_every_objective_takes_a_step(tmp_path):

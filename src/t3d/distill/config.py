@@ -93,9 +93,9 @@ class General(TrainingArguments):
         rounds = method.round_interval
         check(not self.reference_ema or rounds, "reference_ema needs rounds: set round_interval, e.g. to 1")
         check(
-            not self.reference_cache or (method.lasting_reference and not rounds),
+            not self.reference_cache or (method.lasting_reference and not rounds and not method.draft_share),
             "reference_cache needs a reference that stays as it is and is asked of the trajectories alone: objective "
-            "t3d or ddo, and round_interval=0",
+            "t3d or ddo, round_interval=0 and draft_share=0",
         )
         check(0 <= self.easy_share <= 1, f"easy_share must lie in 0..1, got {self.easy_share}")
         kinds = ("auto", "cheap", "nothing")

@@ -4,10 +4,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from t3d.decoding import DecodingConfig
 from t3d.decoding.sampling import derive_seed
+from t3d.distill.batch import TrainingBatch
 from t3d.distill.data import StateDataset
 from t3d.distill.objective import OnPolicy
 from t3d.engine import Engine
@@ -46,6 +47,12 @@ def own_answers(
     answers = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
     blocks = sum(answer.nfe.predicting + answer.nfe.commit for answer in answers)
     return answers, sum(len(answer.prompt_ids) for answer in answers) + blocks * dataset.block_size
+
+
+def with_drafts(batch: TrainingBatch, drafts: Tensor) -> TrainingBatch:
+    """The batch with `drafts` (m,) shown at its supervised positions, which stay supervised."""
+    ids = batch.input_ids.flatten().index_copy(0, batch.select, drafts)
+    return replace(batch, input_ids=ids.view_as(batch.input_ids))
 
 
 def turns(step: int, share: float) -> bool:

@@ -53,6 +53,7 @@ class Objective:
     random_ratio = 0.0
     round_interval = 0
     on_policy_share = 0.0
+    draft_share = 0.0
     fake_updates = 0
     rl_updates = 0
 
@@ -117,6 +118,13 @@ class AnyStates(Objective):
     )
     random_ratio: float = setting(
         0.1, "share of masked inputs replaced by random tokens (still supervised)", low=0, high=1
+    )
+    draft_share: float = setting(
+        0.0,
+        "share of steps in which what is masked shows the student's own choice, right or wrong, and is learnt all the "
+        "same: for policies that revise (DMax, arXiv 2604.08302)",
+        low=0,
+        high=1,
     )
 
     def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0) -> list[State]:

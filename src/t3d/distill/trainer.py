@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -14,10 +15,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
-from t3d.distill.contexts import own_contexts, turns
+from t3d.distill.contexts import own_contexts, turns, with_drafts
 from t3d.distill.critic import Critic
 from t3d.distill.data import StateDataset
 from t3d.distill.groups import OwnGroups
+from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means
 from t3d.distill.objective import Ask, total_loss
@@ -217,6 +219,10 @@ class T3DTrainer(Trainer):
         own = turns(self.state.global_step, self.objective.on_policy_share)
         if own:
             batch = self._own_contexts(batch)
+        if self._drafts():
+            with torch.no_grad():
+                drafts = self.forward(model, lambda hidden, weight: choose_tokens(hidden, weight, self.mask_id), batch)
+            batch = with_drafts(batch, drafts)
 
         def student(head, other=batch):
             head = self.meter.watched(head, batch, self.mask_id) if self._is_logged() else head
@@ -274,6 +280,11 @@ class T3DTrainer(Trainer):
                 "ZeRO 3 has it in shards again; use fsdp2 or zero2"
             )
         return result
+
+    def _drafts(self) -> bool:
+        """Whether the step shows the student's own choices; every process draws the same."""
+        drawn = np.random.default_rng([self.args.seed, self.state.global_step]).random()
+        return drawn < self.objective.draft_share
 
     def _is_logged(self) -> bool:
         """Whether the step being computed is the last before something is logged."""
