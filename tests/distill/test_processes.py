@@ -15,6 +15,8 @@ OBJECTIVES = {
     "t3d": {},
     "sft": {"objective": "sft"},  # a mean over blocks, of which the processes have different numbers
     "lora": {"lora_rank": 2},
+    "alpha": {"objective": "alpha", "group_size": 2, "draft_share": 0.5},
+    "dcd": {"objective": "dcd", "stop_ce": 0.0, "max_steps": 3},  # a mean over weights, not numbers, of tokens
     # a mean over tokens, contexts that are decoded from shards, and the head used outside of the forward
     # (three steps: what is sampled from weights that differ by roundings may differ)
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
@@ -64,6 +66,8 @@ def same(folder, other, tolerance=2e-4):
 CASES = [
     ("ddp", "t3d"),
     ("ddp", "sft"),
+    ("ddp", "alpha"),
+    ("ddp", "dcd"),
     ("fsdp2", "t3d"),
     ("fsdp2", "lora"),
     ("fsdp2", "mean_field"),
