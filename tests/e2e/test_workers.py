@@ -30,7 +30,7 @@ def test_a_worker_that_is_killed_changes_nothing(t3d, write_recipe, finished):
     killed = None
     while killed is None and process.is_alive() and time.monotonic() < end:
         found = workers_of(process.pid)
-        if len(found) == 2 and any((t3d.folder / "runs/recipe/rollout").glob("shard-*.parquet")):
+        if found and any((t3d.folder / "runs/recipe/rollout").glob("shard-*.parquet")):
             killed = found[0]
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.01)
