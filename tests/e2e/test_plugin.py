@@ -144,14 +144,12 @@ def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
         assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "runs" / "recipe" / "train" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["loss/focal"] > 0
-    for arguments, said in (
-        (["train.focal_gama=1"], "did you mean 'train.focal_gamma'"),
-        (["train.focal_gamma=-1"], "train.focal_gamma must not be negative, got -1"),
-        (["train.focal_gamma=1"], "with train.focal_gamma = 1.5, not 1.0"),
-        (["train.objective=focale"], "unknown train.objective 'focale' (did you mean 'focal'?)"),
+    for argument, said in (
+        ("train.focal_gamma=-1", "train.focal_gamma must not be negative, got -1"),
+        ("train.focal_gamma=1", "with train.focal_gamma = 1.5, not 1.0"),
     ):
-        refused = run("train", "recipe.yaml", *arguments)
-        assert refused.returncode == 2, arguments
+        refused = run("train", "recipe.yaml", argument)
+        assert refused.returncode == 2, argument
         assert said in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
     unchanged = run("train", "recipe.yaml", "train.focal_gamma=1.5", "train.beta=0.7")  # another objective's
