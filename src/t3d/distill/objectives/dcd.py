@@ -16,7 +16,7 @@ class DCD(Soft):
     q_i is the student's prediction where all of the block is masked, p_i the teacher's at the state in which it
     committed token i. The weight w_i grows with the step of that commitment (`late_weight`), since the student knows
     least of what came last. `rollout_rounds` gives the rounds of new rollouts. The paper's own weights are not public;
-    those here were chosen on dev problems (docs/results.md).
+    those here are our choice, not tuned.
     """
 
     state: str = other_default(AnyStates, "state", "all_masked")
