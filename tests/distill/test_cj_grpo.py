@@ -15,9 +15,9 @@ from test_objectives import average, blocks_of, run
 from test_trainer import config, trajectories, weights
 
 from t3d.distill import T3DConfig, T3DTrainer
+from t3d.distill.answer_groups import decoding, own_groups
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.data import StateDataset
-from t3d.distill.groups import decoding, own_groups
 from t3d.distill.objective import Ask
 from t3d.distill.rewards import Judge, advantages, find_reward, worth
 from t3d.distill.sampler import DrawSampler

@@ -10,9 +10,13 @@ from test_layout import random_trajectory
 from transformers import TrainerCallback
 
 from t3d.distill import T3DConfig, T3DTrainer
+from t3d.distill.batch import TrainingBatch
 from t3d.distill.data import StateDataset
-from t3d.distill.objective import OBJECTIVES
+from t3d.distill.objective import OBJECTIVES, Ask, total_loss
+from t3d.embedded import EMBEDDED
 from t3d.errors import T3DError
+from t3d.models import load_tokenizer
+from t3d.pipeline.train import check_reference
 
 
 def trajectories(count=12, block_size=4):
@@ -448,3 +452,34 @@ def test_every_attention_gives_the_same_losses(tmp_path, attention):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"block_size": 8}, "has block_size 4, the student 8"), ({"vocab_size": 70}, "the student 70")],
+)
+def test_a_reference_that_does_not_fit_is_one_line(settings, words):
+    tokenizer = load_tokenizer(EMBEDDED)
+    with pytest.raises(T3DError, match=f"train.reference_path: .*{words}"):
+        check_reference(EMBEDDED, make_model(**{"vocab_size": len(tokenizer)} | settings), tokenizer)
+    check_reference(EMBEDDED, make_model(vocab_size=len(tokenizer)), tokenizer)
+
+
+def test_the_stop_tokens_term_leaves_other_versions_of_a_batch_alone(tmp_path):
+    """An objective may ask the student about its batch and about another in one loss."""
+    trainer = T3DTrainer(make_model(), config(tmp_path, objective="path", stop_ce=1.0), trajectories(4))
+    batch = TrainingBatch(**trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    other = replace(batch, select=batch.select[:1])
+
+    def student(head, asked=batch):
+        return trainer.forward(trainer.model, head, asked)
+
+    class Both:
+        stop_ce = 1.0
+
+        def loss(self, batch, ask):
+            assert len(ask.student(lambda hidden, weight: hidden, other)) == 1
+            return ask.student(lambda hidden, weight: hidden.sum() * 0), {}
+
+    loss, metrics = total_loss(Both(), batch, Ask(student, None, 63))
+    assert loss.item() == pytest.approx(metrics["loss/stop"].item()) != 0

@@ -69,6 +69,7 @@ class TrainingBatch:
 
 
 COLUMNS = tuple(f.name for f in fields(TrainingBatch) if "column" in f.metadata)
+GRID = ("input_ids", "document", "copy", "position", "group")  # `(rows, length)`
 
 
 def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
@@ -100,9 +101,8 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         for i in row:
             example = examples[i]
             span = slice(at, at + len(example["input_ids"]))
-            for name in ("input_ids", "copy", "position", "group"):
-                grid[name][r, span] = example[name]
-            grid["document"][r, span] = i
+            for name in GRID:
+                grid[name][r, span] = i if name == "document" else example[name]
             flat["select"].append(r * length + at + example["select"])
             for name in given:
                 flat[name].append(example.get(name, np.zeros(len(example["select"]))))
@@ -132,7 +132,7 @@ def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> Traini
     groups, group = numbers.flatten().unique(return_inverse=True)
     copies = int(batch.copy.max())
     width = 0
-    grid: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "document", "copy", "position", "group")}
+    grid: dict[str, list[Tensor]] = {name: [] for name in GRID}
     select = torch.full_like(ask, -1)
     for number, ids in enumerate([batch.input_ids, *versions], start=-1):  # -1: the clean tokens
         here = ask == number
@@ -144,11 +144,11 @@ def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> Traini
         most = int(wanted.sum(1).max())
         columns = torch.argsort(~wanted, dim=1, stable=True)[:, :most]  # those wanted, then filling
         filling = ~wanted.gather(1, columns)
-        grid["input_ids"].append(ids.gather(1, columns))
-        grid["document"].append(batch.document.gather(1, columns).masked_fill(filling, PADDING))
-        grid["copy"].append((batch.copy.gather(1, columns) + max(number, 0) * copies).masked_fill(filling, CLEAN))
-        grid["position"].append(batch.position.gather(1, columns))
-        grid["group"].append(batch.group.gather(1, columns))
+        part = {name: getattr(batch, name).gather(1, columns) for name in GRID} | {"input_ids": ids.gather(1, columns)}
+        part["document"] = part["document"].masked_fill(filling, PADDING)
+        part["copy"] = (part["copy"] + max(number, 0) * copies).masked_fill(filling, CLEAN)
+        for name in GRID:
+            grid[name].append(part[name])
         if number >= 0:
             select[here] = width + (wanted.cumsum(1) - 1)[row[here], column[here]]
         width += columns.shape[1]

@@ -243,7 +243,10 @@ def total_loss(objective: Objective, batch: TrainingBatch, ask: Ask) -> tuple[Te
         return objective.loss(batch, ask)
     found = []
 
-    def student(head):
+    def student(head, *other):
+        if other:  # another version of the batch, in which the tokens that end a response stand elsewhere
+            return ask.student(head, *other)
+
         def both(hidden, weight):  # inside the forward: there a sharded head is whole
             return head(hidden, weight), token_logprobs(hidden[stop], weight, batch.target[stop, None], ask.mask_id)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from t3d.distill.answer_groups import OwnGroups
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns, with_drafts
 from t3d.distill.critic import Critic
 from t3d.distill.data import StateDataset
-from t3d.distill.groups import OwnGroups
 from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means

@@ -17,7 +17,8 @@ from t3d.distill.rewards import UNVERIFIED, Judge
 from t3d.embedded import checkpoint as checkpoint_of
 from t3d.errors import T3DError
 from t3d.log import log
-from t3d.models import load_model
+from t3d.models import load_model, load_tokenizer
+from t3d.models.files import check_weights, local_folder, read_json
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs
 from t3d.pipeline.processes import Processes
@@ -69,7 +70,7 @@ class _Round:
             model,
             self.arguments,
             data,
-            reference=load_reference(self.recipe, self.arguments, model, tokenizer, self.processes.several),
+            reference=load_reference(self.recipe, self.arguments, self.processes.several),
             processing_class=tokenizer,
             held_out=self._held_out(tokenizer),
             judge=self._judge(),
@@ -133,20 +134,34 @@ def load_student(recipe: Recipe, inputs: Inputs, arguments, several: bool = Fals
     return inputs.load(dtype=None if frozen else "float32", device="cpu" if several else None)
 
 
-def load_reference(recipe: Recipe, arguments: T3DConfig, model, tokenizer, several: bool = False):
-    """The model of `train.reference_path`, if the objective has a reference and that is another than the student."""
-    path = arguments.reference_path
-    if not arguments.method.needs_reference or path is None:
+def other_reference(arguments: T3DConfig) -> str | Path | None:
+    """Where the reference is, if the objective has one and it is another model than the student at first."""
+    named = arguments.method.needs_reference and arguments.reference_path is not None
+    return checkpoint_of(arguments.reference_path) if named else None
+
+
+def load_reference(recipe: Recipe, arguments: T3DConfig, several: bool = False):
+    """The model of `train.reference_path`, in float32; None where the student's own copy is the reference."""
+    path = other_reference(arguments)
+    if path is None:
         return None
-    device = "cpu" if several else recipe.model.device
-    reference, its_tokenizer = load_model(checkpoint_of(path), dtype="float32", device=device)
-    for name in ("block_size", "mask_token_id", "vocab_size"):
-        mine, other = getattr(model.config, name), getattr(reference.config, name)
+    return load_model(path, dtype="float32", device="cpu" if several else recipe.model.device)[0]
+
+
+def check_reference(path: str | Path, model, tokenizer) -> None:
+    """Raises T3DError, by its small files alone, if a checkpoint cannot be the reference of this student."""
+    try:
+        folder = local_folder(path)
+        found = read_json(folder / "config.json")
+        check_weights(folder)
+    except T3DError as error:
+        raise T3DError(f"train.reference_path: {error}") from error
+    for name in ("model_type", "block_size", "vocab_size"):
+        mine, other = getattr(model.config, name), found.get(name)
         if mine != other:
             raise T3DError(f"train.reference_path: {path} has {name} {other}, the student {mine}")
-    if its_tokenizer is not None and tokenizer_fingerprint(its_tokenizer) != tokenizer_fingerprint(tokenizer):
+    if tokenizer_fingerprint(load_tokenizer(folder)) not in (None, tokenizer_fingerprint(tokenizer)):
         raise T3DError(f"train.reference_path: {path} has another tokenizer than the student")
-    return reference
 
 
 def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
@@ -163,6 +178,8 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
     for name in sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
         raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
     source(recipe).check(arguments, inputs)
+    if (path := other_reference(arguments)) is not None:
+        check_reference(path, *inputs.teacher)
     judged = arguments.method.rl_updates and arguments.method.rl_reward == "accuracy"
     if judged and inputs.task.verify("", inputs.train_problems[0]) is None:
         raise T3DError(f"train.rl_reward: task {inputs.task.name!r} cannot verify answers; {UNVERIFIED}")
