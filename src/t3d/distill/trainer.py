@@ -225,7 +225,7 @@ class T3DTrainer(Trainer):
             batch = with_drafts(batch, drafts)
 
         def student(head, other=batch):
-            head = self.meter.watched(head, batch, self.mask_id) if self._is_logged() else head
+            head = self.meter.watched(head, other, self.mask_id) if self._is_logged() else head
             return self.forward(model, head, other)
 
         def reference(head, other=batch):
