@@ -64,6 +64,11 @@ def work(rank: int, port: int, strategy: str, folder: str, settings: dict, resum
         os._exit(1)
 
 
+def parity(text, trajectory, forwards) -> float:
+    """A reward that answers to one prompt differ in."""
+    return float(sum(trajectory.response_ids) % 2)
+
+
 def train(folder: str, settings: dict, resume: str | None = None) -> None:
     import torch
     from safetensors.torch import save_file

@@ -20,6 +20,8 @@ OBJECTIVES = {
     # a mean over tokens, contexts that are decoded from shards, and the head used outside of the forward
     # (three steps: what is sampled from weights that differ by roundings may differ)
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
+    # groups that stay with their prompt's process; both steps learn from what the same weights wrote
+    "cj_grpo": {"objective": "cj_grpo", "rl_reward": "processes:parity", "rl_updates": 2, "max_steps": 2},
 }
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs t3d[deepspeed]")
 
@@ -48,7 +50,7 @@ def alone(tmp_path_factory):
 def logged(folder) -> dict[str, list[float]]:
     entries = [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
     other = ("tokens_per_second", "memory_gb", "loss/anchor")  # the anchor is a mean over labelled tokens only
-    return {name: [entry.get(name) for entry in entries] for name in entries[0] if name not in other}
+    return {name: [entry.get(name, 0.0) for entry in entries] for name in entries[0] if name not in other}
 
 
 def same(folder, other, tolerance=2e-4):
@@ -68,9 +70,11 @@ CASES = [
     ("ddp", "sft"),
     ("ddp", "alpha"),
     ("ddp", "dcd"),
+    ("ddp", "cj_grpo"),
     ("fsdp2", "t3d"),
     ("fsdp2", "lora"),
     ("fsdp2", "mean_field"),
+    ("fsdp2", "cj_grpo"),
     pytest.param("zero1", "t3d", marks=deepspeed),
     pytest.param("zero2", "t3d", marks=deepspeed),
     pytest.param("zero3", "t3d", marks=deepspeed),
