@@ -20,6 +20,7 @@ OBJECTIVES = {
     # a mean over tokens, contexts that are decoded from shards, and the head used outside of the forward
     # (three steps: what is sampled from weights that differ by roundings may differ)
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
+    "soft": {"objective": "soft", "reference_sees": "answer", "on_policy_share": 0.5, "max_steps": 3},
 }
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs t3d[deepspeed]")
 
@@ -71,6 +72,7 @@ CASES = [
     ("fsdp2", "t3d"),
     ("fsdp2", "lora"),
     ("fsdp2", "mean_field"),
+    ("fsdp2", "soft"),
     pytest.param("zero1", "t3d", marks=deepspeed),
     pytest.param("zero2", "t3d", marks=deepspeed),
     pytest.param("zero3", "t3d", marks=deepspeed),
