@@ -23,8 +23,8 @@ class TAD(Privileged):
 
     where *near* tokens were committed at steps t .. t + delta - 1 and *distant* ones later. t is uniform over the steps
     of each block, as the authors take every state of every trajectory. delta (`tad_near`) is 1 step, a quarter of a
-    block of 4 tokens; theirs is 8 of 32. Their teacher is shown the reference answer in its prompt, with the worked
-    solution while it decodes, with the final answer alone when the KL is taken; `reference_sees="answer"` does the second.
+    block of 4 tokens; theirs is 8 of 32. Their teacher is shown the reference in its prompt: the worked solution while
+    it decodes, the final answer when the KL is taken. `reference_sees="answer"` does the second.
     """
 
     tad_near: int = setting(
