@@ -12,6 +12,7 @@ from test_layout import MASK, PAD, decoder_logits, random_trajectory
 from test_trainer import config, trajectories, weights
 
 from t3d.blocks import block_ids
+from t3d.config import load_recipe
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.answer_prompts import AnswerPrompts
@@ -21,6 +22,7 @@ from t3d.distill.objective import OBJECTIVES, Privileged
 from t3d.distill.objectives.mean_field import masked_one_by_one, place_in_block
 from t3d.engine import Engine
 from t3d.errors import T3DError
+from t3d.study.config import labels
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.tokenizer import word_tokenizer
 from t3d.tasks.word_problems import build_tokenizer
@@ -210,6 +212,16 @@ def test_which_objectives_have_it_and_what_is_refused(tmp_path):
     arguments = config(tmp_path, objective="tad", reference_sees="answer")
     with pytest.raises(T3DError, match=r"train\.reference_sees=answer needs prompts.*`answer_prompts`"):
         T3DTrainer(make_model(), arguments, trajectories())
+
+
+def test_a_study_does_not_call_it_label_free(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("task: {num_train: 2, num_eval: 2}")
+
+    def said(*settings):
+        return labels(load_recipe(tmp_path / "recipe.yaml", [f"train.{setting}" for setting in settings]))
+
+    assert said("objective=soft", "reference_sees=answer") == "reference answers"
+    assert said("objective=soft") == said("objective=path", "reference_sees=answer") == "no labels"
 
 
 def test_prompts_with_the_answer_are_the_tasks_own():
