@@ -80,7 +80,8 @@ def train(folder: str, settings: dict, resume: str | None = None) -> None:
     data = trajectories()
     for trajectory in data:
         trajectory.correct = True
-    trainer = T3DTrainer(make_model(), config(folder, dataloader_pin_memory=False, **settings), data)
+    arguments = config(folder, dataloader_pin_memory=False, **settings)
+    trainer = T3DTrainer(make_model(), arguments, data, answer_prompts=lambda t: [7, 8, 9, *t.prompt_ids])
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_student(Path(folder) / "student", torch.float32, make_model)
     if trainer.critic is not None:

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
     # groups that stay with their prompt's process; both steps learn from what the same weights wrote
     "cj_grpo": {"objective": "cj_grpo", "rl_reward": "processes:parity", "rl_updates": 2, "max_steps": 2},
+    "soft": {"objective": "soft", "reference_sees": "answer", "on_policy_share": 0.5, "max_steps": 3},
 }
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs t3d[deepspeed]")
 
@@ -75,6 +76,7 @@ CASES = [
     ("fsdp2", "lora"),
     ("fsdp2", "mean_field"),
     ("fsdp2", "cj_grpo"),
+    ("fsdp2", "soft"),
     pytest.param("zero1", "t3d", marks=deepspeed),
     pytest.param("zero2", "t3d", marks=deepspeed),
     pytest.param("zero3", "t3d", marks=deepspeed),

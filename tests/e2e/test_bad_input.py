@@ -38,6 +38,7 @@ def refused(done, *said: str) -> None:
         ("train: {state: masked}", "train.state is 'trajectory' or 'uniform' or 'all_masked', got 'masked'"),
         ("train: {reference_path: nowhere}", "train.reference_path: no such checkpoint folder: nowhere"),
         ("train: {objective: cj_grpo, rl_reward: accurate}", "train.rl_reward is 'accuracy' or 'format'"),
+        ("train: {objective: tad, reference_sees: answers}", "train.reference_sees is 'prompt' or 'answer'"),
         ("eval: {checkpoints: {a: b}}", "eval.checkpoints must be list of str"),
         ("train: {report_to: [nowhere]}", "train.report_to: nowhere is not installed, or unknown"),
         ("eval: {grid: [{strategy: low_confidence}]}", "unknown strategy"),
@@ -123,6 +124,21 @@ def test_checkpoint(t3d, write_recipe, tiny, case):
     refused(t3d("run", recipe, "model.path=model/"), said)
     assert not (t3d.folder / "runs" / "recipe").exists()
     refused(t3d("generate", "./model", "How many?"), said)
+
+
+def test_a_reference_is_shown_answers_that_are_there(t3d, write_recipe, finished):
+    """Of the recipe's own questions, and of trajectories that come from elsewhere."""
+    lines = [{"id": "a", "question": "How many?", "answer": "3"}, {"id": "b", "question": "How many apples?"}]
+    (t3d.folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = {"name": "prompts", "path": "data.jsonl", "num_train": None, "num_eval": None}
+    recipe = write_recipe(t3d.folder, task=task)
+    see = ["train.objective=tad", "train.reference_sees=answer"]
+    refused(t3d("run", recipe, *see), "task 'prompts' has no reference answer to 'b'; give it one")
+    source = f"rollout.source={finished[0] / 'rollout'}"
+    refused(t3d("run", recipe, *see, source), "the prompt of trajectory 'word_problems/train/", "task.template")
+    recipe = write_recipe(t3d.folder)
+    refused(t3d("run", recipe, *see, "rollout.max_tokens=460"), "with its reference answer' has", "the model's context")
+    assert not (t3d.folder / "runs" / "recipe").exists()
 
 
 def test_settings_that_do_not_fit_the_model(t3d, write_recipe):

@@ -180,6 +180,26 @@ def test_a_rollout_that_a_version_with_fewer_settings_began_continues(t3d, write
     assert "rollout.window" in done.stderr
 
 
+def test_a_reference_that_sees_the_answer(t3d, write_recipe, finished):
+    """A run of a version that knew no such setting, whose reference did not, continues, and is another one."""
+    train = {"objective": "tad", "max_steps": 2, "round_interval": 0}
+    recipe = write_recipe(t3d.folder, rollout={"source": str(finished[0] / "rollout")}, train=train)
+    for sees in ("prompt", "answer"):
+        done = t3d("rollout", recipe, f"run_dir={sees}")
+        assert done.code == 0, done.stderr
+        done = t3d("train", recipe, f"run_dir={sees}", f"train.reference_sees={sees}")
+        assert done.code == 0, done.stderr
+    assert weights(t3d.folder / "prompt") != weights(t3d.folder / "answer")
+    path = t3d.folder / "prompt" / "train" / "stage.json"
+    record = json.loads(path.read_text())
+    assert record["settings"].pop("train.reference_sees") == "prompt"
+    path.write_text(json.dumps(record))
+    done = t3d("train", recipe, "run_dir=prompt", "train.reference_sees=answer")
+    assert done.code == 2
+    assert "train.reference_sees = 'prompt', not 'answer'" in done.stderr
+    assert t3d("train", recipe, "run_dir=prompt").code == 0
+
+
 def test_time_adds_up_over_attempts(t3d, write_recipe):
     recipe = write_recipe(t3d.folder)
     run = t3d.folder / "runs" / "recipe"

@@ -34,10 +34,6 @@ def own_groups(
     seeds = [derive_seed(*base, item, number) for item in items for number in range(objective.rl_group)]
     answers, forwarded = own_answers(engine, dataset, each, seeds, decoding(objective, dataset.block_size))
     given = [dataset.trajectory(item) for item in each]
-    answers = [
-        replace(answer, prompt_id=t.prompt_id, question=t.question, answer=t.answer)
-        for answer, t in zip(answers, given, strict=True)
-    ]
     if judge is not None:
         verdicts = judge(answers)
         answers = [replace(answer, correct=correct) for answer, correct in zip(answers, verdicts, strict=True)]

@@ -26,6 +26,8 @@ class TrainingBatch:
     numbers of the noisy sequence (a document's copy) and of the noisy block it is in, counted over the batch;
     advantage: what its answer is worth beside others to the prompt; old_logp: its log-probability when it was sampled.
     item: each document's place in the dataset, `(documents,)`; -1: none.
+    prompt, answered: for a reference that sees the answers, how many tokens each document's prompt has, `(documents,)`,
+    and the ids of the prompt that it sees instead, `(documents, longest)`, -1 behind its end.
     """
 
     input_ids: Tensor
@@ -47,6 +49,8 @@ class TrainingBatch:
     old_logp: Tensor = _each()
     item: Tensor
     block_size: int
+    prompt: Tensor | None = None
+    answered: Tensor | None = None
     _masks: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -70,6 +74,7 @@ class TrainingBatch:
 
 COLUMNS = tuple(f.name for f in fields(TrainingBatch) if "column" in f.metadata)
 GRID = ("input_ids", "document", "copy", "position", "group")  # `(rows, length)`
+FILL = {"document": PADDING, "copy": CLEAN, "position": 0, "group": 0}  # where a row has no token
 
 
 def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
@@ -92,7 +97,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         room[row] -= size
     length = max(sum(sizes[i] for i in row) for row in rows)
 
-    fill = {"input_ids": pad_id, "document": PADDING, "copy": CLEAN, "position": 0, "group": 0}
+    fill = {"input_ids": pad_id} | FILL
     grid = {name: np.full((len(rows), length), value, dtype=np.int64) for name, value in fill.items()}
     given = [name for name in COLUMNS if name not in ("sequence", "block")]
     flat: dict[str, list[np.ndarray]] = {name: [] for name in ("select", *COLUMNS)}
@@ -116,6 +121,10 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
     for name in (name for name, values in tensors.items() if values.is_floating_point()):
         tensors[name] = tensors[name].float()
     tensors["item"] = torch.tensor([example["item"] for example in examples])
+    if "answered" in examples[0]:
+        prompts = [torch.from_numpy(example["answered"]) for example in examples]
+        tensors["answered"] = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1)
+        tensors["prompt"] = torch.tensor([example["prompt"] for example in examples])
     return tensors | {"block_size": block_size}
 
 
@@ -176,6 +185,48 @@ def when_committed(batch: TrainingBatch, which: Tensor, mask_id: int) -> Trainin
         versions.append(ids.view_as(batch.input_ids))
     alone = replace(batch, group=batch.layout.block)
     return restate(alone, versions, torch.full_like(batch.part, -1).masked_scatter(which, turn))
+
+
+def with_answers(batch: TrainingBatch) -> TrainingBatch:
+    """The batch, or a version of it, with the prompts `answered` in place of its own; same supervised positions.
+
+    What follows a prompt moves by whole blocks, so that every state stays what it is. For that the new prompt's first
+    block may lack places at its beginning: positions count by their differences and by their blocks alone.
+    """
+    rows, length = batch.input_ids.shape
+    size, prompts = batch.block_size, batch.answered
+    more = (prompts >= 0).sum(1) - batch.prompt  # tokens that the new prompt has more, (documents,)
+    first = -more % size  # position of its first token
+    grid = {name: getattr(batch, name) for name in GRID}
+    real, document = batch.document != PADDING, batch.document.clamp(min=0)
+    place = batch.position + more[document]  # in the new prompt, of what lies in the old one
+    inside = real & (batch.position < batch.prompt[document])
+    ids = prompts[document, place.clamp(0, prompts.shape[1] - 1)]
+    grid["input_ids"] = torch.where(inside, ids, batch.input_ids)
+    shift = (more + first)[document] * real
+    grid["position"] = batch.position + shift
+    grid["group"] = batch.group + shift // size
+    gone = inside & (place < 0)
+    for name, value in FILL.items():
+        grid[name] = grid[name].masked_fill(gone, value)
+
+    # The tokens that it begins with and the old one has no place for stand in front of the row
+    row_of = torch.zeros_like(more).index_put_((document[real],), real.nonzero()[:, 0])
+    number, place = (torch.arange(prompts.shape[1], device=more.device) < more[:, None]).nonzero(as_tuple=True)
+    order = torch.argsort(row_of[number], stable=True)
+    number, place = number[order], place[order]
+    row = row_of[number]
+    count = torch.bincount(row, minlength=rows)
+    width = int(count.max())
+    column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    position = place + first[number]
+    front = {"input_ids": prompts[number, place], "document": number, "copy": torch.full_like(number, CLEAN)}
+    front |= {"position": position, "group": position // size}
+    for name in GRID:
+        empty = torch.full((rows, width), FILL.get(name, 0), device=row.device)
+        grid[name] = torch.cat([empty.index_put_((row, column), front[name]), grid[name]], 1)
+    select = batch.select + (batch.select // length + 1) * width
+    return replace(batch, **grid, select=select, prompt=None, answered=None)
 
 
 def _turns(block: Tensor, step: Tensor) -> Tensor:

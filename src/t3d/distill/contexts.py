@@ -46,6 +46,10 @@ def own_answers(
     decoding = replace(decoding, max_tokens=max(len(trajectory.response_ids) for trajectory in given))
     answers = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
     blocks = sum(answer.nfe.predicting + answer.nfe.commit for answer in answers)
+    answers = [
+        replace(answer, prompt_id=t.prompt_id, question=t.question, answer=t.answer)
+        for answer, t in zip(answers, given, strict=True)
+    ]
     return answers, sum(len(answer.prompt_ids) for answer in answers) + blocks * dataset.block_size
 
 

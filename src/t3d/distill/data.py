@@ -1,7 +1,7 @@
 """From trajectories to the examples that batches are made of."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -19,6 +19,7 @@ class StateDataset(Dataset):
     (which trajectory, in which epoch, how far into training), so a resumed run sees what an uninterrupted one would.
 
     A plain index asks for the state of the current epoch, at the end of training.
+    answer_prompts: gives the prompt of a trajectory as a reference sees it that is shown the answer.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class StateDataset(Dataset):
         block_size: int,
         mask_id: int,
         vocabulary: int,
+        answer_prompts: Callable[[Trajectory], list[int]] | None = None,
     ):
         self.trajectories, self.config = trajectories, config
         self.block_size, self.mask_id, self.vocabulary = block_size, mask_id, vocabulary
         self.objective = config.method
+        self.answer_prompts = answer_prompts
         self.kept, self.dropped = self._filter()
         self.trajectory(0)  # a wrong block size shows before anything is computed
         self.epoch = 0
@@ -136,7 +139,11 @@ class StateDataset(Dataset):
             copies.append(np.full(end - first, copy))
             positions.append(np.arange(first, end))
             groups.append(np.concatenate([tail, group]))
-        return {
+        seen = {}
+        if self.answer_prompts is not None:
+            answered = np.asarray(self.answer_prompts(trajectory), dtype=np.int64)
+            seen = {"prompt": start, "answered": answered}
+        return seen | {
             "item": item,
             "input_ids": np.concatenate(ids),
             "copy": np.concatenate(copies),

@@ -52,6 +52,7 @@ class Objective:
     # Settings of parts, as they read where an objective lacks the part; without types, else they would be fields
     random_ratio = 0.0
     round_interval = 0
+    reference_sees = "prompt"
     on_policy_share = 0.0
     draft_share = 0.0
     fake_updates = 0
@@ -157,6 +158,22 @@ class Referenced(Objective):
         None, "checkpoint folder or hub id of the reference; default: the model that the training starts from"
     )
     reference_offload: bool = setting(False, "keep the reference on the CPU and bring each layer for its forward")
+
+
+@dataclass(frozen=True)
+class Privileged(Referenced):
+    """Part: a reference that may be shown the reference answer, for losses that learn its distributions (TAD, arXiv
+    2605.09536).
+
+    Not for those that compare the two models at given tokens: a margin (`t3d`, `ddo`) or an anchor (`cj_grpo`) is
+    between two predictions in the same state.
+    """
+
+    reference_sees: str = setting(
+        "prompt",
+        "what the reference is shown before a response: the student's 'prompt', or the task's reference 'answer', too",
+        choices=("prompt", "answer"),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from t3d.distill.answer_groups import OwnGroups
-from t3d.distill.batch import TrainingBatch, collate
+from t3d.distill.batch import TrainingBatch, collate, with_answers
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns, with_drafts
 from t3d.distill.critic import Critic
@@ -47,6 +47,8 @@ class T3DTrainer(Trainer):
     held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
     judge: verdicts of a list of answers, for rewards that need them, see `t3d.distill.rewards.Judge`.
     engine: settings of `t3d.engine.make_engine`, for objectives that decode groups of answers.
+    answer_prompts: gives the ids of a trajectory's prompt with the reference answer in it, for
+    `reference_sees="answer"`, see `t3d.distill.answer_prompts.AnswerPrompts`.
     Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming, and
     several processes under `accelerate launch` or `torchrun`.
     """
@@ -61,12 +63,19 @@ class T3DTrainer(Trainer):
         held_out: Callable | None = None,
         judge: Callable | None = None,
         engine: dict | None = None,
+        answer_prompts: Callable | None = None,
         **kwargs,
     ):
         self.objective = args.method
         self.mask_id = model.config.mask_token_id
         self.held_out = held_out
         self._groups = OwnGroups(self, judge, engine or {}) if self.objective.rl_updates else None
+        self._sees_answers = self.objective.reference_sees == "answer"
+        if self._sees_answers and answer_prompts is None:
+            raise T3DError(
+                "train.reference_sees=answer needs prompts that show the reference answer: give T3DTrainer "
+                "`answer_prompts`, or set it to prompt"
+            )
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
@@ -75,6 +84,7 @@ class T3DTrainer(Trainer):
             model.config.block_size,
             self.mask_id,
             min(vocabulary, model.config.vocab_size),
+            answer_prompts if self._sees_answers else None,
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
         self._values: ReferenceValues | None = None
@@ -231,7 +241,7 @@ class T3DTrainer(Trainer):
         def reference(head, other=batch):
             def ask():
                 with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model) as network:
-                    return self.forward(network, head, other)
+                    return self.forward(network, head, with_answers(other) if self._sees_answers else other)
 
             return self._values.get(batch, ask) if self._values is not None else ask()
 

@@ -10,7 +10,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from t3d.config import Recipe
+from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig, T3DTrainer
+from t3d.distill.answer_prompts import AnswerPrompts
 from t3d.distill.held_out import HeldOut
 from t3d.distill.lora import quantisation
 from t3d.distill.rewards import UNVERIFIED, Judge
@@ -20,9 +22,9 @@ from t3d.log import log
 from t3d.models import load_model, load_tokenizer
 from t3d.models.files import check_weights, local_folder, read_json
 from t3d.pipeline.folder import RunFolder
-from t3d.pipeline.inputs import Inputs
+from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.processes import Processes
-from t3d.pipeline.rollout import rollout
+from t3d.pipeline.rollout import adopted, rollout
 from t3d.pipeline.sources import source
 from t3d.tasks import get_task
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
@@ -75,6 +77,7 @@ class _Round:
             held_out=self._held_out(tokenizer),
             judge=self._judge(),
             engine=self._engine(),
+            answer_prompts=self._answer_prompts(tokenizer),
         )
         for callback in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to results
             trainer.remove_callback(callback)
@@ -113,6 +116,10 @@ class _Round:
 
     def _judge(self) -> Judge | None:
         return Judge(self.inputs.task, self.inputs.train_problems) if self.arguments.method.rl_updates else None
+
+    def _answer_prompts(self, tokenizer) -> AnswerPrompts | None:
+        sees = self.arguments.method.reference_sees == "answer"
+        return AnswerPrompts(self.inputs.task, self.inputs.train_problems, tokenizer) if sees else None
 
     def _engine(self) -> dict:
         """What decodes the student's answers: workers take whole weights from one process, and no adapter."""
@@ -183,8 +190,24 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
     judged = arguments.method.rl_updates and arguments.method.rl_reward == "accuracy"
     if judged and inputs.task.verify("", inputs.train_problems[0]) is None:
         raise T3DError(f"train.rl_reward: task {inputs.task.name!r} cannot verify answers; {UNVERIFIED}")
+    if arguments.method.reference_sees == "answer":
+        check_answers(recipe, inputs)
     if arguments.eval_every:
         held_out(recipe, arguments, inputs.teacher[1])
+
+
+def check_answers(recipe: Recipe, inputs: Inputs) -> None:
+    """Raises T3DError if a prompt has no reference answer to be shown, or does not fit the model with it."""
+    tokenizer, longest = inputs.teacher[1], recipe.rollout.max_tokens
+    if recipe.rollout.source is None:
+        prompts = {problem.id: inputs.task.answered_prompt(problem, tokenizer) for problem in inputs.train_problems}
+    else:
+        found, shown = adopted(recipe, inputs), AnswerPrompts(inputs.task, inputs.train_problems, tokenizer)
+        prompts = {trajectory.prompt_id: shown(trajectory) for trajectory in found}
+        longest = max(len(trajectory.response_ids) for trajectory in found)
+    names = [f"{name} with its reference answer" for name in prompts]
+    decoding = DecodingConfig(max_tokens=longest)
+    check_prompts(recipe, *inputs.teacher, list(prompts.values()), names, [decoding])
 
 
 def last_checkpoint(folder: Path, processes: Processes | None = None) -> Path | None:

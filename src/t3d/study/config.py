@@ -10,11 +10,13 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from t3d.config import Recipe, load_recipe, read_yaml
+from t3d.distill.objective import OBJECTIVES, Privileged
 from t3d.errors import T3DError, nearest
 from t3d.pipeline.settings import settings
 from t3d.pipeline.sources import source
 
 VERIFIED, LABEL_FREE, SOLUTIONS = "verified trajectories", "no labels", "ground truth"
+ANSWERS = "reference answers"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def labels(recipe: Recipe) -> str:
     """What a student of this recipe knows beside the teacher."""
     if not source(recipe).rolls_out:
         return SOLUTIONS
+    if issubclass(OBJECTIVES[recipe.objective], Privileged) and recipe.train["reference_sees"] == "answer":
+        return ANSWERS
     return VERIFIED if recipe.train["verified_only"] else LABEL_FREE
 
 

@@ -92,6 +92,30 @@ class Task:
         text = _rendered(self.prompt_text(problem), tokenizer) + self.answer_start(problem)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def known_answer(self, problem: Problem) -> str | None:
+        """What a model that may know the answer is told; None where there is nothing to tell."""
+        return problem.answer
+
+    def answered_prompt(self, problem: Problem, tokenizer) -> list[int]:
+        """As `prompt`, with the reference answer in a system message before it (TAD, arXiv 2605.09536).
+
+        Raises:
+            T3DError: if there is no answer, or the chat template shows no system messages.
+        """
+        answer = self.known_answer(problem)
+        if answer is None:
+            raise T3DError(
+                f"train.reference_sees: task {self.name!r} has no reference answer to {problem.id!r}; give it one, or "
+                "set reference_sees=prompt"
+            )
+        system, message = self.telling(problem, answer)
+        text = _rendered(message, tokenizer, system) + self.answer_start(problem)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def telling(self, problem: Problem, answer: str) -> tuple[str | None, str]:
+        """The system message, if any, and the user's of a prompt that tells the answer."""
+        return f"Reference Answer: {answer}", self.prompt_text(problem)
+
     def guided(self, decoding: DecodingConfig, tokenizer) -> DecodingConfig:
         """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""
         if decoding.negative_prompt is None:
@@ -116,12 +140,24 @@ class Task:
         raise T3DError(f"task {self.name!r} has no ground-truth responses for {problem.id}; train on rollouts")
 
 
-def _rendered(text: str, tokenizer) -> str:
-    """The text as the user's message in the tokenizer's chat template, if it has one."""
+def _rendered(text: str, tokenizer, system: str | None = None) -> str:
+    """The text as the user's message, behind a `system` message, in the tokenizer's chat template, if it has one."""
     if not getattr(tokenizer, "chat_template", None):
-        return text
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return text if system is None else f"{system}\n\n{text}"
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    try:
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # raised by the template itself
+        if system is None:
+            raise
+        found = ""
+    if system is not None and system.strip() not in found:
+        raise T3DError(
+            "train.reference_sees: the tokenizer's chat template shows no system message, where the reference answer "
+            "would stand; set reference_sees=prompt"
+        )
+    return found
 
 
 _TASKS: dict[str, type[Task]] = {}

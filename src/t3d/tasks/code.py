@@ -83,6 +83,9 @@ class CodeTask(FileTask):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
             return list(pool.map(self.judge, texts, problems))
 
+    def known_answer(self, problem: Problem) -> str | None:
+        return problem.extra.get("solution")
+
     def solution(self, problem: Problem, rng: Random) -> str:
         """The reference program, as an answer that follows the prompt."""
         if "solution" not in problem.extra:

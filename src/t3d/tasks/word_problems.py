@@ -283,5 +283,9 @@ class WordProblems(Task):
         correct = equal(answer, problem.answer)
         return Verdict(correct, answer, "" if correct else f"expected {problem.answer}")
 
+    def telling(self, problem: Problem, answer: str) -> tuple[str | None, str]:
+        """In words that the task's tokenizer has, where they stand in its texts: behind others."""
+        return None, f"{self.prompt_text(problem)} The answer is \\boxed{{{answer}}}."
+
     def solution(self, problem: Problem, rng: Random) -> str:
         return solution(problem, rng)

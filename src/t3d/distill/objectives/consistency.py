@@ -7,7 +7,7 @@ import numpy as np
 from t3d.components import setting
 from t3d.distill.batch import TrainingBatch, when_committed
 from t3d.distill.logprobs import token_logprobs
-from t3d.distill.objective import Ask, Referenced, mean, register
+from t3d.distill.objective import Ask, Privileged, mean, register
 from t3d.distill.objectives.soft import divergence
 from t3d.distill.states import Response, State, step_index, uniform_mask
 
@@ -16,7 +16,7 @@ NEW, STILL, LATER, RANDOM = 0, 1, 2, 3
 
 @register("consistency")
 @dataclass(frozen=True)
-class Consistency(Referenced):
+class Consistency(Privileged):
     """With a state y, a later state y* of the same trajectory, U the tokens committed between them, S those masked in
     both,
 

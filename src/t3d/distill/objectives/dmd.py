@@ -42,7 +42,7 @@ from t3d.distill.objective import (
     Critical,
     Forward,
     OnPolicy,
-    Referenced,
+    Privileged,
     mean,
     other_default,
     register,
@@ -55,7 +55,7 @@ from t3d.errors import T3DError
 
 @register("dmd")
 @dataclass(frozen=True)
-class DMD(Referenced, OnPolicy, Critical):
+class DMD(Privileged, OnPolicy, Critical):
     """`L = mean over blocks of mean_{i in M} l_i` on what the student writes, and `dmd_anchor` times the cross-entropy
     to the trajectories, with all of a block masked, in the steps that are not `on_policy_share`'s.
 

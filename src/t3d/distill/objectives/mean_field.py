@@ -21,13 +21,13 @@ from torch import Tensor
 from t3d.components import setting
 from t3d.distill.batch import TrainingBatch, restate
 from t3d.distill.logprobs import WHOLE_CHUNK, choose_tokens, in_chunks, mask_free_logits
-from t3d.distill.objective import AnyStates, Ask, OnPolicy, Referenced, mean, other_default, register
+from t3d.distill.objective import AnyStates, Ask, OnPolicy, Privileged, mean, other_default, register
 from t3d.distill.objectives.soft import kl
 
 
 @register("mean_field")
 @dataclass(frozen=True)
-class MeanField(AnyStates, Referenced, OnPolicy):
+class MeanField(AnyStates, Privileged, OnPolicy):
     """`L = mean_i [(1 - w) KL(q_i || p) + w KL(p || q_i)] + mf_anchor * CE to the trajectories`, w = `mf_forward`.
 
     `p = p(. | state, x_{M\\i})`, its logarithm in KL(q_i || p) at least `mf_floor`.

@@ -8,12 +8,12 @@ from torch import Tensor
 from t3d.components import setting
 from t3d.distill.batch import TrainingBatch, when_committed
 from t3d.distill.logprobs import WHOLE_CHUNK, in_chunks, mask_free_logits
-from t3d.distill.objective import AnyStates, Ask, OnPolicy, Referenced, mean, register
+from t3d.distill.objective import AnyStates, Ask, OnPolicy, Privileged, mean, register
 
 
 @register("soft")
 @dataclass(frozen=True)
-class Soft(AnyStates, Referenced, OnPolicy):
+class Soft(AnyStates, Privileged, OnPolicy):
     """Mean over masked positions of a divergence between student q and reference p (Hinton et al., arXiv 1503.02531).
 
     `soft_divergence`: "forward" KL(p || q), "reverse" KL(q || p), or "js", half of each to their mean. With

@@ -7,7 +7,7 @@ import numpy as np
 from t3d.components import setting
 from t3d.distill.batch import TrainingBatch
 from t3d.distill.logprobs import token_logprobs
-from t3d.distill.objective import Ask, Referenced, mean, register
+from t3d.distill.objective import Ask, Privileged, mean, register
 from t3d.distill.objectives.soft import divergence
 from t3d.distill.states import Response, State, step_index
 
@@ -16,15 +16,15 @@ NEAR, DISTANT = 0, 1
 
 @register("tad")
 @dataclass(frozen=True)
-class TAD(Referenced):
+class TAD(Privileged):
     """Temporal-aware trajectory self-distillation. At the state before step t of a block,
 
         L = mean_{near} -log q(x_i) + w * mean_{distant} KL(p_teacher(i) || q(i)),   w = 1
 
     where *near* tokens were committed at steps t .. t + delta - 1 and *distant* ones later. t is uniform over the steps
     of each block, as the authors take every state of every trajectory. delta (`tad_near`) is 1 step, a quarter of a
-    block of 4 tokens; theirs is 8 of 32. Their teacher is shown the reference answer, in its prompt, while it decodes
-    and when the KL is taken; trajectories here hold no such prompt, so ours is not.
+    block of 4 tokens; theirs is 8 of 32. Their teacher is shown the reference in its prompt: the worked solution while
+    it decodes, the final answer when the KL is taken. `reference_sees="answer"` does the second.
     """
 
     tad_near: int = setting(
