@@ -193,3 +193,15 @@ def test_launches_of_another_kind_are_left_alone():
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     assert not should_be_several(torchrun)
     assert not should_be_several(torchrun | {"ACCELERATE_USE_CPU": "true"})
+
+
+def test_every_round_logs_its_last_steps(t3d, write_recipe):
+    """Rounds of two steps, far shorter than what is between two logs."""
+    train = {"objective": "path", "rollout_rounds": 2, "max_steps": 4, "logging_steps": 100, "round_interval": 0}
+    recipe = write_recipe(t3d.folder, train=train, task={"num_train": 8})
+    assert t3d("rollout", recipe).code == 0
+    done = t3d("train", recipe)
+    assert done.code == 0, done.stderr
+    logged = [entry for entry in history(t3d.folder / "runs" / "recipe") if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all(entry["tokens_per_second"] > 0 for entry in logged)

@@ -230,6 +230,7 @@ class _KeepStudent(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= min(self.round.end, state.max_steps):
             control.should_save = control.should_training_stop = True
+            control.should_log |= args.logging_strategy == "steps"  # what is not logged now never is
 
     def on_save(self, args, state, control, **kwargs):
         over = state.global_step >= min(self.round.end, state.max_steps)
