@@ -1,13 +1,18 @@
-"""Answers to problems, decoded, verified and handed over as they end: what rollouts and evaluations have in common."""
+"""Answers to problems, decoded, verified and stored as they end: the loop of rollouts, evaluations and `eval_every`.
+
+What an objective decodes while it trains (`t3d.distill.contexts`) is another matter: answers to stored prompts, wanted
+in order and all at once, and forgotten after the step.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine, FinishedEvent
 from t3d.tasks import Problem, Task, Verdict
-from t3d.trajectories import Trajectory
+from t3d.trajectories import Trajectory, TrajectoryWriter
 
 JUDGED_TOGETHER = 64  # answers verified at a time, at most
 GROUP_SECONDS = 2.0  # after which those that have ended are verified, however few
@@ -79,6 +84,32 @@ def answers(
         yield group()
         raise
     yield group()
+
+
+def store_answers(
+    writer: TrajectoryWriter,
+    engine: Engine,
+    jobs: list[Job],
+    decoding: DecodingConfig,
+    task: Task,
+    *,
+    together: int = JUDGED_TOGETHER,
+    row: Callable[[Answer], Trajectory] = attrgetter("trajectory"),
+) -> Iterator[int]:
+    """Write the answers that `writer` does not have yet, each as the `row` that is made of it.
+
+    Yields how many of the jobs the writer has: first those of earlier attempts, then as groups of them end.
+    """
+    done = writer.done()
+    todo = [job for job in jobs if job.key not in done]
+    count = len(jobs) - len(todo)
+    yield count
+    for group in answers(engine, todo, decoding, task, together):
+        for answer in group:
+            writer.write(row(answer))
+        writer.flush_if_due()
+        count += len(group)
+        yield count
 
 
 def _named(trajectory: Trajectory, job: Job, verdict: Verdict) -> Trajectory:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers.integrations import get_available_reporting_integrations
 
 from e2e.program import assert_same_trajectories
 from e2e.test_run import weights
@@ -54,7 +55,19 @@ def test_recipe(t3d, tiny, text, said):
 
 
 def test_what_to_train_is_checked_before_what_is_there_to_train_on(t3d, write_recipe):
-    refused(t3d("train", write_recipe(t3d.folder), "train.objective=t3dd"), "(did you mean 't3d'?)")
+    recipe = write_recipe(t3d.folder)
+    refused(t3d("train", recipe, "train.objective=t3dd"), "(did you mean 't3d'?)")
+    refused(t3d("train", recipe, "train.report_to=nowhere"), "train.report_to: nowhere is not installed")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_logger_that_is_not_installed_is_named_before_the_rollout(t3d, write_recipe, name):
+    if name in get_available_reporting_integrations():
+        pytest.skip(f"{name} is installed")
+    recipe = write_recipe(t3d.folder, train={"report_to": name})
+    for command in ("run", "train"):
+        refused(t3d(command, recipe), f"train.report_to: {name} is not installed")
+    assert not list((t3d.folder / "runs").rglob("*.parquet"))
 
 
 DATA = {

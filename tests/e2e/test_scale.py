@@ -14,6 +14,7 @@ import torch
 from e2e.program import Program, assert_same_trajectories
 from e2e.test_run import begun, same, trajectories, weights
 from t3d.models import load_model
+from t3d.pipeline.processes import should_be_several
 from t3d.trajectories import TrajectoryDataset
 
 ROUNDS = {"rollout_rounds": 3, "max_steps": 6, "round_interval": 2, "reference_ema": 0.5}
@@ -155,3 +156,52 @@ def test_two_processes_do_a_whole_run(t3d, write_recipe, finished):
     losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (run, finished[0])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert (run / "student" / "model.safetensors").exists()
+
+
+def test_a_launch_that_starts_one_process_of_several_says_so(t3d, write_recipe):
+    """The real launcher, in case it changes; the rollout is missing, so nothing is run."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "t3d", "train"]
+    done = subprocess.run([*launch, write_recipe(t3d.folder)], cwd=t3d.folder, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "torchrun" in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("accelerate launch started one process where several were asked for")
+    assert "has no complete rollout" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "alone"),
+    [
+        (("--cpu", "--num_processes", "2"), {}, True),
+        (("--num_processes", "2"), {}, True),
+        (("--cpu", "--num_processes", "1"), {}, False),
+        (("--cpu",), {}, False),
+        (("--cpu", "--num_processes", "2"), {"OMPI_COMM_WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_what_a_launch_says_of_itself(monkeypatch, arguments, more, alone):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for name in ("MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    given, *_ = _validate_launch_command(launch_command_parser().parse_args([*arguments, "script.py"]))
+    assert should_be_several(prepare_simple_launcher_cmd_env(given)[1] | more) == alone
+
+
+def test_launches_of_another_kind_are_left_alone():
+    assert not should_be_several({})
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert not should_be_several(torchrun)
+    assert not should_be_several(torchrun | {"ACCELERATE_USE_CPU": "true"})
+
+
+def test_every_round_logs_its_last_steps(t3d, write_recipe):
+    """Rounds of two steps, far shorter than what is between two logs."""
+    train = {"objective": "path", "rollout_rounds": 2, "max_steps": 4, "logging_steps": 100, "round_interval": 0}
+    recipe = write_recipe(t3d.folder, train=train, task={"num_train": 8})
+    assert t3d("rollout", recipe).code == 0
+    done = t3d("train", recipe)
+    assert done.code == 0, done.stderr
+    logged = [entry for entry in history(t3d.folder / "runs" / "recipe") if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all(entry["tokens_per_second"] > 0 for entry in logged)

@@ -121,10 +121,17 @@ def test_results_of_nothing_are_refused(t3d, write_recipe):
     assert not (t3d.folder / "runs").exists()
 
 
-def test_settings_that_do_not_fit_the_model_are_refused_before_any_rollout(t3d, write_recipe):
-    done = t3d("study", write_study(t3d.folder, write_recipe), "eval.grid=[{steps: 5}]")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("eval.grid=[{steps: 5}]", "steps = 5 is more than block_size = 4"),
+        ("train.report_to=nowhere", "train.report_to: nowhere is not installed"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_rollout(t3d, write_recipe, change, said):
+    done = t3d("study", write_study(t3d.folder, write_recipe), change)
     assert done.code == 2
-    assert "steps = 5 is more than block_size = 4" in done.stderr
+    assert said in done.stderr
     assert "5 of 5 runs failed" in done.stderr.splitlines()[-1]
     assert not (t3d.folder / "runs").exists()
 

@@ -117,7 +117,7 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
         "class Writer(runner.TrajectoryWriter):\n"
         "    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs, shard_size=2)\n"
         "runner.TrajectoryWriter = Writer\n"
-        "runner.answers = functools.partial(runner.answers, together=1)\n"
+        "runner.store_answers = functools.partial(runner.store_answers, together=1)\n"
         "tokenizer, task = build_tokenizer(), get_task(TaskConfig(name='word_problems'))\n"
         "model = make_model(vocab_size=len(tokenizer) + 1, eos_token_id=tokenizer.eos_token_id)\n"
         "judge, seen = task.judge_all, []\n"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from t3d.answers import Job, answers
 from t3d.decoding import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
@@ -36,16 +37,17 @@ class HeldOut:
 
     def __call__(self, model: nn.Module, part: int = 0, parts: int = 1) -> dict[str, tuple[float, float]]:
         """(sum, count) of each metric over every `parts`-th problem from `part` on."""
-        mine = range(part, len(self.problems), parts)
-        prompts = [self.task.prompt(self.problems[i], self.tokenizer) for i in mine]
+        jobs = [
+            Job(problem, self.task.prompt(problem, self.tokenizer), 0, derive_seed(0, i, 0))
+            for i, problem in list(enumerate(self.problems))[part::parts]
+        ]
         found: dict[str, tuple[float, float]] = {}
         engine = Engine(model, self.tokenizer, **self.engine)
-        for steps in self.steps if prompts else ():
+        for steps in self.steps if jobs else ():
             decoding = DecodingConfig(steps=min(steps, model.config.block_size), max_tokens=self.max_tokens)
-            answers = engine.generate(prompts, decoding, seeds=[derive_seed(0, i, 0) for i in mine])
-            verdicts = self.task.judge_all([t.text for t in answers], [self.problems[i] for i in mine])
-            right, count = float(sum(bool(v.correct) for v in verdicts)), float(len(verdicts))
-            tokens, forwards = sum(t.length for t in answers), sum(t.nfe.predicting for t in answers)
+            ended = [answer.trajectory for group in answers(engine, jobs, decoding, self.task) for answer in group]
+            right, count = float(sum(bool(t.correct) for t in ended)), float(len(ended))
+            tokens, forwards = sum(t.length for t in ended), sum(t.nfe.predicting for t in ended)
             found[f"accuracy/steps_{steps}"] = (right, count)
             found[f"tpf/steps_{steps}"] = (float(tokens), float(forwards))
             before = found.get("accuracy", (0.0, 0.0))

@@ -1,9 +1,11 @@
 """What is logged of a training: means over micro-batches and processes, speed and memory."""
 
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +16,56 @@ from t3d.distill.batch import TrainingBatch
 from t3d.distill.logprobs import choose_tokens
 from t3d.trajectories import Trajectory
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}  # dense bf16 FLOP/s of a GPU
+# FLOP/s of products of dense bfloat16 matrices with float32 sums, from the makers' data sheets. The key is the device's
+# name without what many have in it.
+PEAK = {
+    "gb200": 2500e12,
+    "b200": 2250e12,
+    "gh200": 989e12,
+    "h200": 989e12,
+    "h200 nvl": 835e12,
+    "h100": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "a100": 312e12,
+    "a100 pcie": 312e12,
+    "a40": 149.7e12,
+    "a30": 165e12,
+    "a10": 125e12,
+    "l40s": 362e12,
+    "l40": 181e12,
+    "l4": 121e12,
+    "rtx 6000 ada generation": 364.2e12,
+    "rtx a6000": 154.8e12,
+    "rtx 5090": 209.5e12,
+    "rtx 4090": 165.2e12,
+    "rtx 3090": 71e12,
+}
+_COMMON = re.compile(r"nvidia|geforce|sxm\d?|hbm\w*|\d+gb")
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s that the GPU of this name reaches at most in bfloat16, as its maker says; None for a name not in PEAK.
+
+    A part of a GPU (MIG) and a laptop's have names of their own, and are not known.
+    """
+    words = re.findall(r"[^\W_]+", device.lower())
+    return PEAK.get(" ".join(word for word in words if not _COMMON.fullmatch(word)))
+
+
+def utilisation(operations: float, seconds: float, peak: float) -> float:
+    """The share of its peak, in FLOP/s, that a device did in these seconds: model FLOPs utilisation, or MFU."""
+    return operations / seconds / peak
 
 
 class Meter:
-    """Sums and counts by name, since the last log. They stay on the device until then, so that a step does not wait."""
+    """Sums and counts by name, since the last log. They stay on the device until then, so that a step does not wait.
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
+    peak: FLOP/s of this process's device, for `mfu`; without one it is left out.
+    """
+
+    def __init__(self, accelerator: Accelerator, peak: float | None = None):
+        self._accelerator, self.peak = accelerator, peak
         self._sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self._counts: dict[str, list[Tensor | float]] = defaultdict(list)
         self._since: float | None = None
@@ -33,9 +77,13 @@ class Meter:
         if self._since is None:
             self._since = time.monotonic()
 
-    def restart(self) -> None:
-        """Leave out the time since the last log."""
-        self._since = time.monotonic()
+    @contextmanager
+    def paused(self):
+        """Inside, time does not count."""
+        start = time.monotonic()
+        yield
+        if self._since is not None:
+            self._since += time.monotonic() - start
 
     def add(self, name: str, mean: Tensor | float, count: Tensor | float = 1.0) -> None:
         total = mean * count
@@ -84,10 +132,9 @@ class Meter:
         """The means over all processes since the last time; every process must call it."""
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         self.add("tokens_per_second", self._tokens / seconds * self._accelerator.num_processes)
-        self.add("memory_gb", _peak_memory() / 1e9)
-        peak = _peak_operations()
-        if peak:
-            self.add("mfu", self._operations / seconds / peak)
+        self.add("memory_gb", _peak_memory(self._accelerator.device) / 1e9)
+        if self.peak:
+            self.add("mfu", utilisation(self._operations, seconds, self.peak))
         self._tokens, self._operations = 0, 0.0
         mine = {name: (_sum(self._sums[name]), _sum(self._counts[name])) for name in self._sums}
         self._sums.clear()
@@ -111,16 +158,8 @@ def _sum(values: list[Tensor | float]) -> float:
     return sum(numbers) + (float(torch.stack(tensors).sum()) if tensors else 0.0)
 
 
-def _peak_memory() -> int:
+def _peak_memory(device: torch.device) -> int:
     """Bytes: the most allocated so far on this process's GPU, else by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _peak_operations() -> float | None:
-    """FLOP/s of this process's GPU in bfloat16, as its maker says; None where there is none that is known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK.items() if known in name), None)

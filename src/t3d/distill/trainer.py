@@ -21,7 +21,7 @@ from t3d.distill.critic import Critic
 from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import add_adapter, plain
-from t3d.distill.meter import Meter, means
+from t3d.distill.meter import Meter, means, peak_flops
 from t3d.distill.objective import Ask, total_loss
 from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
@@ -32,6 +32,7 @@ from t3d.distill.sampler import DrawSampler
 from t3d.distill.saving import empty_like, whole_student
 from t3d.distill.sharding import Sharding
 from t3d.errors import T3DError
+from t3d.log import log
 from t3d.models import save_model
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
 
@@ -113,6 +114,7 @@ class T3DTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._weights = plain(model).num_parameters(exclude_embeddings=True)  # before anyone puts them into shards
         self.sharding = Sharding(self.accelerator)
         whole = not self.sharding.sharded
         if args.recompute == "cheap" and not whole:
@@ -139,15 +141,25 @@ class T3DTrainer(Trainer):
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
             self.add_callback(_Evaluate())
-        self.meter = Meter(self.accelerator)
+        self.add_callback(_LogLast())
+        self.meter = Meter(self.accelerator, self._peak())
         self._decoder: nn.Module | None = None
         self._resumed: str | None = None
 
     def floating_point_ops(self, inputs) -> float:
         """Of the last micro-batch, `total_flos` of the state adds them up: 2 per weight and token, the reference's and
         the engine's forwards included, a backward pass as two forwards; without embeddings and attention scores."""
-        network = plain(self.sharding.unwrap(self.model))
-        return self.meter.operations(network.num_parameters(exclude_embeddings=True))
+        return self.meter.operations(self._weights)
+
+    def _peak(self) -> float | None:
+        """FLOP/s of this process's GPU, if it has one that is known."""
+        if self.args.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.args.device)
+        peak = peak_flops(name)
+        if peak is None and self.accelerator.is_main_process:
+            log.info("train: mfu is left out: the peak of %r is not in t3d.distill.meter.PEAK", name)
+        return peak
 
     def _make_reference(self, given: nn.Module | None) -> Reference:
         args = self.args
@@ -298,7 +310,8 @@ class T3DTrainer(Trainer):
 
     def _is_logged(self) -> bool:
         """Whether the step being computed is the last before something is logged."""
-        return self.state.logging_steps and (self.state.global_step + 1) % self.state.logging_steps == 0
+        step = self.state.global_step + 1
+        return self.state.logging_steps and (step % self.state.logging_steps == 0 or step == self.state.max_steps)
 
     def _check(self, loss: Tensor, batch: TrainingBatch) -> None:
         if not math.isfinite(loss.item()):
@@ -317,11 +330,11 @@ class T3DTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs):
         """Metrics of the student on the held-out problems, which the processes share."""
-        parts = self.held_out(self.decoder(), self.accelerator.process_index, self.accelerator.num_processes)
-        metrics = {f"eval_{name}": value for name, value in means(parts).items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.meter.restart()
+        with self.meter.paused():
+            parts = self.held_out(self.decoder(), self.accelerator.process_index, self.accelerator.num_processes)
+            metrics = {f"eval_{name}": value for name, value in means(parts).items()}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
@@ -372,6 +385,13 @@ class _Rounds(TrainerCallback):
         objective = self.trainer.objective
         if objective.round_interval and state.global_step % objective.round_interval == 0:
             self.trainer.reference.refresh(self.trainer.model_wrapped, objective.reference_ema)
+
+
+class _LogLast(TrainerCallback):
+    """Logs the last steps too, however few: else a short run would say nothing of its loss and its speed."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= args.logging_strategy == "steps" and state.global_step >= state.max_steps
 
 
 class _Evaluate(TrainerCallback):

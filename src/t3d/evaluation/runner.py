@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from t3d.answers import Job, answers
+from t3d.answers import Answer, Job, store_answers
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
@@ -104,23 +104,23 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
     settings = as_begun(folder, "decoding", settings, config.differing(settings))
+    jobs = [
+        Job(p, prompts[p.id], sample, derive_seed(config.seed, _number(p.id), sample))
+        for p in problems
+        for sample in range(config.n)
+    ]
+    pieces = Pieces(engine.tokenizer)
+
+    def row(answer: Answer) -> Trajectory:
+        t, verdict = answer.trajectory, answer.verdict
+        extra = {EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t), SECONDS: answer.seconds}
+        return replace(t, extra=extra)
+
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
-        done, total = writer.done(), len(problems) * config.n
-        jobs = [
-            Job(p, prompts[p.id], sample, derive_seed(config.seed, _number(p.id), sample))
-            for p in problems
-            for sample in range(config.n)
-        ]
-        todo = [job for job in jobs if job.key not in done]
-        line = bar.add_task(f"{metadata['model']}, {folder.name}", total=total, completed=total - len(todo))
-        pieces = Pieces(engine.tokenizer)
-        for group in answers(engine, todo, config, task):
-            for answer in group:
-                t, verdict = answer.trajectory, answer.verdict
-                extra = {EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t)}
-                writer.write(replace(t, extra=extra | {SECONDS: answer.seconds}))
-            writer.flush_if_due()
-            bar.advance(line, len(group))
+        counts = store_answers(writer, engine, jobs, config, task, row=row)
+        line = bar.add_task(f"{metadata['model']}, {folder.name}", total=len(jobs), completed=next(counts))
+        for count in counts:
+            bar.update(line, completed=count)
 
 
 def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: Path) -> Iterator[Trajectory]:

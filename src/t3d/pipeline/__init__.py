@@ -11,10 +11,10 @@ from t3d.pipeline.card import describe_student
 from t3d.pipeline.evaluation import check_evaluation, evaluation
 from t3d.pipeline.folder import STAGES, RunFolder
 from t3d.pipeline.inputs import Inputs
-from t3d.pipeline.processes import Processes, count, rank
+from t3d.pipeline.processes import Processes, count, rank, warn_of_one_process
 from t3d.pipeline.rollout import check_rollout, rollout
 from t3d.pipeline.sources import source
-from t3d.pipeline.train import check_training, train
+from t3d.pipeline.train import check_reporting, check_training, train
 from t3d.report import write_report
 
 __all__ = ["STAGES", "RunFolder", "check_stages", "run_stages", "to_terminal"]
@@ -38,6 +38,7 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
         raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")
     if "train" in wanted:
         recipe.training_arguments(recipe.run_dir)  # what is wrong with it is said before anything else
+        warn_of_one_process()
     if count() > 1:
         recipe.training_arguments(recipe.run_dir).device  # noqa: B018  starts the process group
     processes = Processes()
@@ -81,11 +82,13 @@ def lead(
         first = stages.index(wanted[0])
         for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:
             run.check(stage, recipe)
+        todo = [stage for stage in wanted if force or not run.complete(stage) or run.changed(stage, recipe)]
+        if "train" in todo:
+            check_reporting(recipe)  # before anyone rolls out for hours
         for stage in needed(stages, wanted[0], run, recipe):
             if not run.complete(stage):
                 raise T3DError(f"{run.path} has no complete {stage}; run `t3d {stage}` with this recipe first")
         inputs = Inputs(recipe)
-        todo = [stage for stage in wanted if force or not run.complete(stage) or run.changed(stage, recipe)]
         if "train" in todo and "eval" in wanted:  # it may have been complete without the student
             todo = [stage for stage in wanted if stage in (*todo, "eval")]
         for stage in CHECKS.keys() & todo:

@@ -4,10 +4,14 @@ The first process holds the run folder and decides; the others wait until it tel
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch.distributed as dist
+
+from t3d.log import log
 
 FOREVER = timedelta(days=365)  # the others wait while the first process decodes; if it dies the launcher ends them
 
@@ -18,6 +22,28 @@ def rank() -> int:
 
 def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torchrun and of MPIs
+
+
+def should_be_several(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` was asked for several processes and started this one alone.
+
+    It does so where it finds no several GPUs: it then sets ACCELERATE_USE_CPU, to either value, and, for several
+    processes only, the place where they would meet.
+    """
+    asked = "ACCELERATE_USE_CPU" in environment and "MASTER_PORT" in environment
+    return asked and not any(name in environment for name in _SIZES)
+
+
+@cache  # once, not for every run of a study
+def warn_of_one_process() -> None:
+    if should_be_several(os.environ):
+        log.warning(
+            "accelerate launch started one process where several were asked for, as it does without several GPUs; on "
+            "CPUs use torchrun --nproc_per_node N -m t3d ..."
+        )
 
 
 class Processes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from t3d.answers import JUDGED_TOGETHER, Job, answers
+from t3d.answers import JUDGED_TOGETHER, Job, store_answers
 from t3d.config import Recipe
 from t3d.decoding import DecodingConfig
 from t3d.engine import make_engine
@@ -100,14 +100,10 @@ def unsolved(found: TrajectoryDataset, n: int) -> set[str]:
 
 def _decode(engine, jobs: list[Job], decoding: DecodingConfig, inputs: Inputs, writer: TrajectoryWriter, every: int):
     """Write the answers that the writer does not have."""
-    done = writer.done()
-    todo = [job for job in jobs if job.key not in done]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="rollout", unit="seq", disable=None) as bar:
-        for group in answers(engine, todo, decoding, inputs.task, min(JUDGED_TOGETHER, every)):
-            for answer in group:
-                writer.write(answer.trajectory)
-            writer.flush_if_due()
-            bar.update(len(group))
+    counts = store_answers(writer, engine, jobs, decoding, inputs.task, together=min(JUDGED_TOGETHER, every))
+    with tqdm(total=len(jobs), initial=next(counts), desc="rollout", unit="seq", disable=None) as bar:
+        for count in counts:
+            bar.update(count - bar.n)
             bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
 
 

@@ -179,11 +179,17 @@ def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
     return HeldOut(task, problems, tokenizer, steps, most, recipe.engine.local)
 
 
+def check_reporting(recipe: Recipe) -> None:
+    """Raises T3DError if what `train.report_to` names is not there to report to."""
+    reported = recipe.training_arguments(recipe.run_dir).report_to
+    for name in sorted(set(reported) - set(get_available_reporting_integrations())):
+        raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
+
+
 def check_training(recipe: Recipe, inputs: Inputs) -> None:
     """Raises T3DError for settings or data that cannot be trained with."""
+    check_reporting(recipe)
     arguments = recipe.training_arguments(recipe.run_dir)
-    for name in sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
-        raise T3DError(f"train.report_to: {name} is not installed, or unknown; pip install it, or leave it out")
     source(recipe).check(arguments, inputs)
     if (path := other_reference(arguments)) is not None:
         check_reference(path, *inputs.teacher)
@@ -247,6 +253,7 @@ class _KeepStudent(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= min(self.round.end, state.max_steps):
             control.should_save = control.should_training_stop = True
+            control.should_log |= args.logging_strategy == "steps"  # what is not logged now never is
 
     def on_save(self, args, state, control, **kwargs):
         over = state.global_step >= min(self.round.end, state.max_steps)
