@@ -13,6 +13,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads w
     torch.set_num_threads(1)
 
 
+# What a small model of a family needs beside the settings that all have.
+PARTICULAR = {
+    "sdar_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "block_gemma3": {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+}
+
+
 def make_model(
     block_size=4,
     vocab_size=64,
@@ -26,12 +38,10 @@ def make_model(
     family="sdar",
     **settings,
 ):
-    """A small SDAR with random weights, sharp enough that its decisions are far from ties. Mask token: the last id."""
+    """A small model with random weights, sharp enough that its decisions are far from ties. Mask token: the last id."""
     from t3d.models import FAMILIES
 
-    if family == "sdar_moe":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "norm_topk_prob": True}
-        settings = experts | settings
+    settings = PARTICULAR.get(family, {}) | settings
     settings = {"max_position_embeddings": 512, "intermediate_size": 2 * hidden, "eos_token_id": 1} | settings
     config = FAMILIES[family].config_class(
         vocab_size=vocab_size,

@@ -56,6 +56,19 @@ def test_training_rows_follow_the_rule_token_by_token(case):
 
 
 @given(layouts())
+@settings(max_examples=30, deadline=None)
+def test_with_the_shift_the_token_before_predicts(case):
+    tokens, layout = build(*case)
+    select = torch.arange(len(tokens))[layout.document[0] != PADDING].flip(0)
+    assert torch.equal(layout.predictors(select, 0), select)
+    for asked, found in zip(select.tolist(), layout.predictors(select, 1).tolist(), strict=True):
+        (d, c, p), first = tokens[asked], layout.group[0, asked].item() * layout.block_size
+        if p > 0:
+            d, c, p = d, c if p > first else CLEAN, p - 1
+        assert tokens[found] == (d, c, p)
+
+
+@given(layouts())
 @settings(max_examples=10, deadline=None)
 def test_flex_attention_mask_is_the_boolean_mask(case):
     from torch.nn.attention.flex_attention import create_mask

@@ -118,6 +118,26 @@ class Layout:
     def block(self) -> Tensor:
         return block_ids(self.position, self.block_size)
 
+    def predictors(self, select: Tensor, shift: int) -> Tensor:
+        """Whose logits predict the tokens `select`, both flat indices into rows * length, int64 `(m,)`.
+
+        shift 0: their own. 1: those of the token before: in the same copy, or the clean one before a group's first. The
+        first token of a document, which nothing predicts, has its own.
+        """
+        if not shift:
+            return select
+        document, copy, position, group = (x.flatten() for x in (self.document, self.copy, self.position, self.group))
+        before = (position[select] - 1).clamp(min=0)
+        inside = (position[select] == 0) | (block_ids(before, self.block_size) >= group[select])
+        copies, length = copy.max() + 1, position.max() + 1
+
+        def number(document, copy, position):
+            return ((document + 1) * copies + copy) * length + position
+
+        places, order = number(document, copy, position).sort()
+        wanted = number(document[select], torch.where(inside, copy[select], CLEAN), before)
+        return order[torch.searchsorted(places, wanted)]
+
     def boolean_mask(self) -> Tensor:
         """`(rows, 1, length, length)`, True = sees, as scaled_dot_product_attention takes it."""
         query = (x[:, :, None] for x in (self.document, self.copy, self.block, self.group))

@@ -1,6 +1,25 @@
+import pytest
 import torch
 
 from t3d.blocks import Layout
+from t3d.models import FAMILIES
+from tests.conftest import make_model
+
+# Every family with every shift of its logits: a new family is in all tests of these.
+VARIANTS = [
+    pytest.param(family, shift, id=f"{family}-shift" if shift else family)
+    for family, model in FAMILIES.items()
+    for shift in model.config_class.shifts
+]
+
+
+def make_variant(family, shift, **settings):
+    return make_model(family=family, **({"logits_shift": shift} if shift else {}), **settings)
+
+
+def plain_class(family):
+    """transformers' own class, of which the family's is one."""
+    return next(c for c in FAMILIES[family].__mro__ if c.__module__.startswith("transformers.models."))
 
 
 def logits(model, length=12, block_size=4, seed=0):

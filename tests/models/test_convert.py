@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model
 from t3d.models.convert import convert
 from t3d.models.recommended import recommend, recommended
 from t3d.tasks.word_problems import build_tokenizer
-from tests.models.helpers import logits
+from tests.models.helpers import VARIANTS, logits
 
 SHAPE = {
     "hidden_size": 32,
@@ -25,18 +25,18 @@ SHAPE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
 }
-KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
 
 
 def autoregressive(folder, kind="qwen3", spare=8, tie=False, eos=None):
-    """A Qwen3 checkpoint as transformers writes it; its tokenizer has no mask token."""
-    config, model = KINDS[kind]
+    """A checkpoint as transformers writes it; its tokenizer has no mask token."""
     tokenizer = build_tokenizer()
     tokenizer.mask_token = None
     torch.manual_seed(0)
-    made = model(
-        config(**SHAPE, vocab_size=len(tokenizer) + spare, tie_word_embeddings=tie, eos_token_id=tokenizer.pad_token_id)
+    ids = {"eos_token_id": tokenizer.pad_token_id, "bos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(
+        kind, **SHAPE, **ids, vocab_size=len(tokenizer) + spare, tie_word_embeddings=tie, dtype="float32"
     )
+    made = AutoModelForCausalLM.from_config(config)
     if eos:
         made.generation_config.eos_token_id = eos
     made.save_pretrained(folder)
@@ -46,14 +46,15 @@ def autoregressive(folder, kind="qwen3", spare=8, tie=False, eos=None):
 
 @pytest.mark.parametrize("spare", [8, 0])
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_weights_are_the_same_but_for_the_mask(tmp_path, kind, tie, spare):
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_the_weights_are_the_same_but_for_the_mask(tmp_path, family, shift, tie, spare):
+    kind = FAMILIES[family].autoregressive
     source, tokenizer = autoregressive(tmp_path / "ar", kind, spare, tie)
     words = len(tokenizer)
-    convert(tmp_path / "ar", tmp_path / "bd", block_size=8, mask_token="<mask>")
+    convert(tmp_path / "ar", tmp_path / "bd", block_size=8, mask_token="<mask>", shift=bool(shift))
     model, again = load_model(tmp_path / "bd")
-    assert type(model) is FAMILIES["sdar" if kind == "qwen3" else "sdar_moe"]
-    assert (model.config.block_size, model.config.mask_token_id) == (8, words)
+    assert type(model) is FAMILIES[family]
+    assert (model.config.block_size, model.config.mask_token_id, model.config.logits_shift) == (8, words, shift)
     assert again.mask_token_id == words
     assert model.config.vocab_size == words + max(spare, 1)
     for name, weight in source.state_dict().items():
@@ -99,8 +100,8 @@ def test_the_tokenizers_own_mask_token_is_taken_and_all_stop_ids(tmp_path):
     [
         (lambda f: None, "block_size must be at least 1"),
         (
-            lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-            "cannot be converted .can: qwen3, qwen3_moe",
+            lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'),
+            "'gpt2' cannot be converted .can: qwen3, ",
         ),
         (lambda f: [p.unlink() for p in f.glob("*token*")], "no tokenizer"),
         (lambda f: (f / "model.safetensors").write_bytes(b"short"), "model.safetensors"),
@@ -119,3 +120,30 @@ def test_a_converted_model_is_one_already_loaded(tmp_path):
     autoregressive(tmp_path / "ar")
     model, _ = convert(tmp_path / "ar", tmp_path / "bd")
     assert torch.equal(logits(model), logits(load_model(tmp_path / "bd")[0]))
+
+
+def test_the_shift_is_a_property_of_the_model(tmp_path):
+    autoregressive(tmp_path / "ar")
+    convert(tmp_path / "ar", tmp_path / "kept", shift=True)
+    convert(tmp_path / "kept", tmp_path / "b8", block_size=8)
+    model, _ = load_model(tmp_path / "b8")
+    assert (model.config.model_type, model.config.logits_shift) == ("block_qwen3", 1)
+    convert(tmp_path / "ar", tmp_path / "bd")
+    autoregressive(tmp_path / "moe", "qwen3_moe")
+    for name, shift, words in (
+        ("bd", True, "made without the shift"),
+        ("kept", False, "made with the shift"),
+        ("moe", True, "'qwen3_moe' can only be converted without --shift"),
+    ):
+        with pytest.raises(T3DError, match=words) as error:
+            convert(tmp_path / name, tmp_path / "out", shift=shift)
+        assert "\n" not in str(error.value)
+
+
+def test_a_mask_outside_of_the_vocabulary(tmp_path):
+    autoregressive(tmp_path / "ar")
+    convert(tmp_path / "ar", tmp_path / "bd")
+    path = tmp_path / "bd" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 999}))
+    with pytest.raises(T3DError, match="mask_token_id is 999, outside of the vocabulary"):
+        convert(tmp_path / "bd", tmp_path / "b8", block_size=8)

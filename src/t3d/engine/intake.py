@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.policy import SHADOW
 from t3d.decoding.sampling import derive_seed
 from t3d.engine.request import Request
 from t3d.errors import T3DError, characters
@@ -44,6 +45,13 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
 def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     """The settings with everything that comes from the model filled in: block size, steps and stop ids."""
     config = config.at(getattr(model.config, "block_size", None))
+    if getattr(model.config, "logits_shift", 0):
+        asks = f"flight {config.flight!r}" if config.flying.verifies else f"strategy {config.strategy!r}"
+        if config.flying.verifies or SHADOW in config.policy.needs:
+            raise T3DError(
+                f"{asks} asks masks beside the text about their own places, and this model's logits predict the next "
+                "token (logits_shift); use another"
+            )
     if config.stop and tokenizer is None:
         raise T3DError("stop strings need a tokenizer; use stop_ids")
     if config.negative_prompt is not None and tokenizer is None:

@@ -68,11 +68,18 @@ class Query:
         final = np.arange(self.start + origin, self.final + origin)
         return [final, *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
 
-    def wanted(self) -> np.ndarray:
-        """Which of its tokens' logits are wanted, int64, counted from its first token."""
+    def wanted(self, shift: int = 0) -> np.ndarray:
+        """Which of its tokens have the logits that are wanted, int64, counted from its first token.
+
+        shift: 0, those that want them; 1, the ones before, which for a segment's first token is the last final one.
+        """
         parts, first = [], self.final - self.start
+        last = first - 1
         for segment in self.segments:
-            parts.append(segment.want.nonzero()[0] + first)
+            rows = segment.want.nonzero()[0] + (first - shift)
+            if shift and len(rows) and rows[0] < first:
+                rows[0] = last
+            parts.append(rows)
             first += len(segment)
         return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else NOTHING
 

@@ -1,4 +1,4 @@
-"""One forward of a batch of queries through a transformers Qwen3 model's own weights.
+"""One forward of a batch of queries through a model's own weights, layer by layer as its family says they are made.
 
 The lean forward saves what the modules spend on generality: no padding, no mask per layer, no cache that is copied to
 grow, and the head only where logits are needed.
@@ -17,6 +17,7 @@ from t3d.engine.flex import FlexAttention, in_order
 from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape
 from t3d.engine.query import Query
+from t3d.models.family import FamilyModel, LayerParts
 
 ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
 _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side
@@ -26,11 +27,9 @@ _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side b
 class _Layer:
     """What one decoder layer needs, as functions of `(tokens, width)` tensors."""
 
-    input_norm: Tensor
-    post_norm: Tensor
+    parts: LayerParts
     qkv: Callable[[Tensor], Tensor]  # -> (tokens, (heads + 2 * kv_heads) * head_dim)
-    qk_norm: Tensor  # (heads + kv_heads, head_dim)
-    out: Callable[[Tensor], Tensor]
+    qk_norm: Tensor | None  # (heads + kv_heads, head_dim)
     mlp: Callable[[Tensor], Tensor]
 
 
@@ -44,6 +43,8 @@ class Runner:
         _, self.kv_heads, self.head_dim = cache_shape(model.config)
         self.groups = self.heads // self.kv_heads
         self.eps = model.config.rms_norm_eps
+        self.shift = getattr(model.config, "logits_shift", 0)
+        self.family = type(model) if isinstance(model, FamilyModel) else FamilyModel
         self._seen: list[tuple[int, int]] = []
         self._version = 0
         self.refresh()
@@ -63,19 +64,12 @@ class Runner:
         small = sum(p.numel() * p.itemsize for p in body.layers.parameters()) <= _JOIN_BYTES
         self.joined = small and self.device.type == "cpu"
         self.layers = []
-        for layer in body.layers:
-            a = layer.self_attn
-            q_norm, k_norm = a.q_norm.weight, a.k_norm.weight
-            self.layers.append(
-                _Layer(
-                    input_norm=layer.input_layernorm.weight,
-                    post_norm=layer.post_attention_layernorm.weight,
-                    qkv=self._join(a.q_proj, a.k_proj, a.v_proj),
-                    qk_norm=torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)]),
-                    out=a.o_proj,
-                    mlp=self._mlp(layer.mlp),
-                )
-            )
+        for parts in map(self.family.parts, body.layers):
+            qk_norm = None
+            if parts.q_norm is not None:
+                qk_norm = torch.cat([parts.q_norm.expand(self.heads, -1), parts.k_norm.expand(self.kv_heads, -1)])
+            self.layers.append(_Layer(parts, self._join(parts.q, parts.k, parts.v), qk_norm, self._mlp(parts.mlp)))
+        self.final_norm = self.family.norm_weight(body.norm)
         self._rope, self._steps = None, None
 
     def _join(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -100,16 +94,17 @@ class Runner:
 
         return forward
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, (tokens, 1, head_dim), from a table; the first half of sin is negated, see `_rotate`."""
+    def _rotary(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin, (tokens, 1, rotated), from each table; the first half of sin is negated, see `_rotate`."""
         if self._rope is None:
             every = torch.arange(self.model.config.max_position_embeddings, device=self.device)[None]
-            cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), every)
-            sin = sin[0].clone()
-            sin[:, : self.head_dim // 2] *= -1
-            self._rope = cos[0][:, None], sin[:, None]
-        cos, sin = self._rope
-        return cos.index_select(0, positions), sin.index_select(0, positions)
+            like, self._rope = torch.empty(0, dtype=self.dtype, device=self.device), {}
+            for name in {layer.parts.rotary for layer in self.layers}:
+                cos, sin = self.model.model.rotary_emb(like, every, *([] if name is None else [name]))
+                sin = sin[0].clone()
+                sin[:, : sin.shape[1] // 2] *= -1
+                self._rope[name] = cos[0][:, None], sin[:, None]
+        return {name: tuple(x.index_select(0, positions) for x in table) for name, table in self._rope.items()}
 
     def forward(self, cache: KVCache, queries: list[Query]) -> Tensor:
         """Write the queries' keys and values to the cache; logits, float32 (n, vocab), of the tokens they want.
@@ -127,7 +122,7 @@ class Runner:
         np.concatenate([part for q in order for part in q.ids()], out=packed[0])
         np.concatenate([part for q in order for part in q.positions()], out=packed[1])
         np.concatenate([cache.slots(q.sequence, q.start, q.end) for q in order], out=packed[2])
-        select = np.concatenate([q.wanted() + offset[id(q)] for q in queries])
+        select = np.concatenate([q.wanted(self.shift) + offset[id(q)] for q in queries])
         if steady:
             if self._steps is None or self._steps.cache is not cache:
                 self._steps = StepGraphs(self, cache)
@@ -139,31 +134,40 @@ class Runner:
     ) -> Tensor:
         """Logits, float32 (len(select), vocab), of packed tokens; all arguments int64 on the device."""
         hidden = self._layers(cache, attention, ids, positions, slots, select)
-        return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.model.model.norm.weight, self.eps)).float()
+        return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.eps)).float()
 
     def _layers(self, cache, attention, ids, positions, slots, select) -> Tensor:
         """Hidden states of the selected tokens; of the others the last layer computes keys and values only."""
         heads, both, dim = self.heads, self.heads + self.kv_heads, self.head_dim
-        h = F.embedding(ids, self.model.model.embed_tokens.weight)  # (tokens, width)
+        h = self.model.model.embed_tokens(ids)  # (tokens, width)
         width = h.shape[-1:]
-        cos, sin = self._rotary(positions)
+        rotary = self._rotary(positions)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            x = F.rms_norm(h, width, layer.input_norm, self.eps)
+            parts = layer.parts
+            x = F.rms_norm(h, width, parts.attention_norm, self.eps)
             qkv = layer.qkv(x).view(len(ids), both + self.kv_heads, dim)
-            qk = F.rms_norm(qkv[:, :both], (dim,), None, self.eps).mul_(layer.qk_norm)
-            qk = (qk * cos).addcmul_(_rotate(qk), sin)
+            qk = qkv[:, :both]
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, (dim,), None, self.eps).mul_(layer.qk_norm)
+            qk = _rotate(qk, *rotary[parts.rotary])
             new = torch.cat([qk[:, heads:], qkv[:, both:]], dim=1).view(len(ids), 2, self.kv_heads, dim)
             cache.data[number].index_copy_(0, slots, new)
             x = attention(number, qk[:, :heads]).reshape(len(ids), heads * dim)
             if number == last:
                 h, x = h.index_select(0, select), x.index_select(0, select)
-            h += layer.out(x)
-            h += layer.mlp(F.rms_norm(h, width, layer.post_norm, self.eps))
+            x = parts.out(x)
+            h += x if parts.attention_out_norm is None else F.rms_norm(x, width, parts.attention_out_norm, self.eps)
+            x = layer.mlp(F.rms_norm(h, width, parts.mlp_norm, self.eps))
+            h += x if parts.mlp_out_norm is None else F.rms_norm(x, width, parts.mlp_out_norm, self.eps)
         return h
 
 
-def _rotate(x: Tensor) -> Tensor:
-    """The halves swapped; the sign that rotation needs is in the sine table."""
-    half = x.shape[-1] // 2
-    return torch.cat([x[..., half:], x[..., :half]], dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first channels of x, as many as cos has, rotated; the sign that rotation needs is in the sine table."""
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat([_rotate(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
+    half = rotated // 2
+    swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos).addcmul_(swapped, sin)

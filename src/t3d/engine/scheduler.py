@@ -17,10 +17,13 @@ class Scheduler:
     in front, to be recomputed from its tokens. The oldest therefore always advances, and nothing is dropped. A guided
     sequence and its companion come, grow and go together. With the prefix cache, a sequence begins where the pages that
     it shares are filled, or will be by the queries before its own in the same forward.
+
+    shift: of the model's logits; with 1 every denoising query begins with the last final token, which predicts the
+    first one behind it, and computes it again where it is cached.
     """
 
-    def __init__(self, cache: KVCache, max_batch_size: int, prefill_tokens: int, fused: bool):
-        self.cache = cache
+    def __init__(self, cache: KVCache, max_batch_size: int, prefill_tokens: int, fused: bool, shift: int = 0):
+        self.cache, self.shift = cache, shift
         self.max_batch_size = max_batch_size
         self.prefill_tokens = prefill_tokens
         self.fused = fused
@@ -120,6 +123,9 @@ class Scheduler:
         return self.cache.reach(side, self._coming)
 
     def _query(self, side: Side, final: int, segments: list[Segment], counted: bool) -> Query:
-        query = Query(side, self._reach(side), final, segments, counted)
+        start = self._reach(side)
+        if segments and self.shift:
+            start = max(min(start, final - self.shift), 0)
+        query = Query(side, start, final, segments, counted)
         self._coming |= self.cache.extents(query)
         return query

@@ -118,7 +118,7 @@ class Session:
         stats.kv_budget_tokens = pages * page_size
         shape = cache_shape(runner.model.config)
         self.cache = KVCache(pages, page_size, *shape, runner.dtype, runner.device, keep=prefix_cache)
-        self.scheduler = Scheduler(self.cache, **scheduling)
+        self.scheduler = Scheduler(self.cache, **scheduling, shift=runner.shift)
 
     def add(self, request: Request, watch: bool = False) -> None:
         """`watch`: every denoising step gives a StepEvent. Raises T3DError if the cache can never hold the request."""

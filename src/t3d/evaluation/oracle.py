@@ -140,11 +140,12 @@ def _forward(model, rows: list[tuple[np.ndarray, ...]], size: int) -> list[list[
     document = torch.where(torch.arange(length) < lengths[:, None], torch.arange(len(rows))[:, None], PADDING)
     select, device = (target >= 0).flatten().nonzero()[:, 0], model.device
     layout = Layout(document.to(device), copy.to(device), position.to(device), size)
+    shift = getattr(model.config, "logits_shift", 0)
     logits = model(
         input_ids=ids.to(device),
         attention_mask=layout.attention_mask(model.config._attn_implementation),
         position_ids=layout.position,
-        select=select.to(device),
+        select=layout.predictors(select.to(device), shift),
     )  # (asked places, vocab)
     logits[:, model.config.mask_token_id] = -torch.inf  # no decoder ever writes it
     right = torch.zeros(ids.numel(), dtype=torch.bool)

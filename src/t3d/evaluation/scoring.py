@@ -122,7 +122,7 @@ def block_log_likelihood(model, context: list[int], ids: list[int], seed: int | 
         input_ids=tokens.to(device),
         attention_mask=moved.attention_mask(model.config._attn_implementation),
         position_ids=moved.position,
-        select=select.to(device),
+        select=moved.predictors(select.to(device), model.config.logits_shift),
     ).float()  # (len(ids), vocab)
     logits[:, mask_id] = -torch.inf  # no decoder ever writes it
     target = clean[start + asked[:, 1]].to(device)

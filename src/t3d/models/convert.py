@@ -5,13 +5,15 @@ The result answers like nothing yet: it has never seen a mask, or not so many at
 """
 
 import os
+from pathlib import Path
 
 import torch
 
 from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
 from t3d.models.files import check_weights, local_folder, read_json
-from t3d.models.load import load_tokenizer, load_weights
+from t3d.models.gguf import PACKAGES, as_folder, packaged
+from t3d.models.load import check_mask, load_tokenizer, load_weights
 from t3d.models.recommended import KEY
 from t3d.models.save import SHARD, save_model
 
@@ -25,8 +27,14 @@ def convert(
     mask_token: str = MASK_TOKEN,
     dtype: str | None = None,
     max_shard_size: str = SHARD,
+    shift: bool | None = None,
 ):
-    """Write the Qwen3, Qwen3-MoE or SDAR checkpoint `name` as SDAR with this block size; returns `(model, tokenizer)`.
+    """Write `name` as a block-diffusion checkpoint with this block size; returns `(model, tokenizer)`.
+
+    name: a folder or hub id of an autoregressive model that a family is made of, or of a family; a GGUF file of the
+    former; or a name of `t3d.models.gguf.PACKAGES`. shift: keep an autoregressive model's logits as they are, which at
+    a position predict the next token (Dream, Fast-dLLM v2), or let them learn to predict the token at the position
+    (SDAR, LLaDA2); None: the latter, and what has been decided for a model of a family.
 
     The mask token is the checkpoint's or the tokenizer's own, else `mask_token`, added; it takes the first unused row
     of the embedding, which grows if there is none. Its row becomes the mean of the vocabulary's, but where it has been
@@ -35,19 +43,52 @@ def convert(
     """
     if block_size < 1:
         raise T3DError(f"block_size must be at least 1, got {block_size}")
-    folder = local_folder(name)
+    if name in PACKAGES:
+        name = packaged(name)
+    if not str(name).endswith(".gguf"):
+        return _convert(local_folder(name), name, out, block_size, mask_token, dtype, max_shard_size, shift)
+    if not Path(name).is_file():
+        raise T3DError(f"no such file: {name}")
+    with as_folder(Path(name), Path(out).parent, tuple(_autoregressive()), dtype) as folder:
+        return _convert(folder, name, out, block_size, mask_token, dtype, max_shard_size, shift)
+
+
+def _autoregressive() -> dict[str, list]:
+    """The families that an autoregressive model can become, by its model type."""
+    found: dict[str, list] = {}
+    for family in FAMILIES.values():
+        if family.autoregressive is not None:
+            found.setdefault(family.autoregressive, []).append(family)
+    return found
+
+
+def _family(kind: str | None, shift: bool | None, name):
+    """The family that a model of type `kind` becomes."""
+    ours = _autoregressive()
+    if kind not in ours and kind not in FAMILIES:
+        raise T3DError(f"{name}: model type {kind!r} cannot be converted (can: {', '.join([*ours, *FAMILIES])})")
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    able = [family for family in ours[kind] if bool(shift) in family.config_class.shifts]
+    if not able:
+        raise T3DError(f"{name}: model type {kind!r} can only be converted {'without' if shift else 'with'} --shift")
+    return able[0]
+
+
+def _convert(folder: Path, name, out, block_size: int, mask_token: str, dtype, max_shard_size: str, shift):
     values = read_json(folder / "config.json")
-    kinds = {family.autoregressive: family for family in FAMILIES.values()} | FAMILIES
-    if values.get("model_type") not in kinds:
-        raise T3DError(f"{name}: model type {values.get('model_type')!r} cannot be converted (can: {', '.join(kinds)})")
+    family = _family(values.get("model_type"), shift, name)
     check_weights(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
-    family = kinds[values["model_type"]]
     left = ("model_type", "architectures", "auto_map")
     config = family.config_class(**{key: value for key, value in values.items() if key not in left})
     config.block_size = block_size
+    if values["model_type"] not in FAMILIES and len(family.config_class.shifts) > 1:
+        config.logits_shift = int(bool(shift))
+    elif shift is not None and int(shift) != config.logits_shift:
+        raise T3DError(f"{name} was made {'without' if shift else 'with'} the shift, which stays so; leave --shift out")
     words, knows_masks = len(tokenizer), values["model_type"] in FAMILIES
     if tokenizer.mask_token_id is None and not knows_masks:
         tokenizer.add_special_tokens({"mask_token": mask_token})
@@ -56,6 +97,7 @@ def convert(
     model = load_weights(family, folder, name, dtype=dtype, device="cpu", config=config)
     if not knows_masks:
         _add_mask(model, config.mask_token_id, words)
+    check_mask(model.config, name)
     generation = model.generation_config
     if hasattr(generation, KEY):  # what was found best for the old blocks
         delattr(generation, KEY)

@@ -1,18 +1,21 @@
-"""What the families share. A family is a file with a configuration, a model and its place in `FAMILIES`.
+"""What the families share. A family is a file with a configuration, a model and its line in `FAMILIES`.
 
-The rest of t3d asks three things of a model, so a family that differs more has three places to differ in:
+A family's file says what is particular to it; whatever it does not say is as in SDAR:
 
-- `config` has `block_size` and `mask_token_id`. Without blocks, the block size is the longest response.
-- `forward` takes any attention mask from the caller (see `t3d.blocks`), and its logits at a position predict the token
-  *at* that position. A family that predicts the next token shifts its hidden states here, so that nobody else has to
-  know.
-- files say what published checkpoints of the family say: names of weights, and keys of config.json.
+- its configuration (`PublishedConfig`): `block_size` and `mask_token_id`, which shifts of the logits there are, what of
+  config.json cannot be had (`check`);
+- its model (`FamilyModel`): transformers' own class, the autoregressive model that becomes one of it, and how a layer
+  is computed (`parts`, `norm_weight`), from which the engine makes its lean forward. The attention mask is the
+  caller's, see `t3d.blocks`;
+- names of weights in published files, where they differ: transformers' `register_checkpoint_conversion_mapping`.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from t3d.block_attention import BlockPlan
 from t3d.errors import T3DError
@@ -25,15 +28,23 @@ class PublishedConfig:
     not find it decodes with another one, without a word.
     """
 
+    logits_shift = 0  # 1: a row's logits predict the next token, as an autoregressive model's; 0: the row's own
+    shifts = (0,)  # what `logits_shift` may be
+
     def check(self) -> None:
         """Raises T3DError for what the family's files may say and t3d cannot do."""
         if getattr(self, "use_sliding_window", False):
             raise T3DError("use_sliding_window is not supported: blocks attend to all earlier ones")
+        if self.logits_shift not in self.shifts:
+            raise T3DError(
+                f"logits_shift is {self.logits_shift}, but model type {self.model_type!r} has "
+                f"{' or '.join(map(str, self.shifts))}"
+            )
 
     def to_json_string(self, use_diff: bool = True) -> str:
         values = json.loads(super().to_json_string(use_diff))
         rope = dict(values.get("rope_parameters") or {})
-        if rope:
+        if "rope_theta" in rope:
             values["rope_theta"] = rope.pop("rope_theta")
             values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         if "dtype" in values:
@@ -43,8 +54,32 @@ class PublishedConfig:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-class SelectiveHead:
-    """Mixin of a causal model: a forward that computes the head only where it is asked for."""
+@dataclass
+class LayerParts:
+    """A decoder layer: `h += norm(out(attend(q, k, v of norm(h))))`, then `h += norm(mlp(norm(h)))`.
+
+    Norms are weights of RMS norms, `(width,)`, those of q and k `(head_dim,)`; None: there is none. Queries are rotated
+    after their norm, and their products with keys divided by the root of head_dim. rotary: which of the model's tables.
+    """
+
+    attention_norm: Tensor
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    out: nn.Module
+    mlp_norm: Tensor
+    mlp: nn.Module
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    attention_out_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
+    rotary: str | None = None
+
+
+class FamilyModel:
+    """Mixin of a causal model of transformers: the head only where it is asked for, and its layers taken apart."""
+
+    autoregressive: str | None = None  # the model type that `t3d convert` makes one of
 
     def forward(
         self,
@@ -55,16 +90,43 @@ class SelectiveHead:
         head: Callable[[Tensor, Tensor], object] | None = None,
         **kwargs,
     ):
-        """With `select` (flat indices into rows * length, `(m,)`), compute the language-model head only there.
+        """Logits `(rows, length, vocab)` at a position predict the token *at* that position, whatever the shift.
 
-        `head(hidden (m, width), weight (vocab, width))` replaces the plain projection and its result is returned; it
-        runs inside forward, where a sharded model has its weights gathered. Otherwise as in transformers.
+        With `select` (flat indices into rows * length, `(m,)`), compute the language-model head only on these rows; who
+        predicts whom in a training row, `t3d.blocks.Layout.predictors` says. `head(hidden (m, width), weight (vocab,
+        width))` replaces the plain projection and its result is returned; it runs inside forward, where a sharded model
+        has its weights gathered. Otherwise as in transformers.
         """
         if isinstance(attention_mask, BlockPlan):  # transformers passes on 4-D tensors and keywords only
             attention_mask, kwargs["plan"] = input_ids.new_empty(0, 0, 0, 0), attention_mask
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if select is None:
-            return super().forward(**inputs, **kwargs)
+            result = super().forward(**inputs, **kwargs)
+            if self.config.logits_shift:  # nobody predicts the first token; its own row stands in
+                result.logits = torch.cat([result.logits[:, :1], result.logits[:, :-1]], dim=1)
+            return result
         hidden = self.model(**inputs, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.flatten(0, 1)[select]
         return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
+
+    @classmethod
+    def parts(cls, layer: nn.Module) -> LayerParts:
+        """A decoder layer taken apart; here by the names that most of transformers' models have."""
+        a = layer.self_attn
+        q_norm, k_norm = (getattr(a, name, None) for name in ("q_norm", "k_norm"))
+        return LayerParts(
+            attention_norm=cls.norm_weight(layer.input_layernorm),
+            q=a.q_proj,
+            k=a.k_proj,
+            v=a.v_proj,
+            out=a.o_proj,
+            mlp_norm=cls.norm_weight(layer.post_attention_layernorm),
+            mlp=layer.mlp,
+            q_norm=None if q_norm is None else cls.norm_weight(q_norm),
+            k_norm=None if k_norm is None else cls.norm_weight(k_norm),
+        )
+
+    @classmethod
+    def norm_weight(cls, norm: nn.Module) -> Tensor:
+        """What an RMS norm multiplies by."""
+        return norm.weight

@@ -43,9 +43,18 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     if model.config.mask_token_id is None:
         model.config.mask_token_id = tokenizer.mask_token_id if tokenizer is not None else None
-    if model.config.mask_token_id is None:
-        raise T3DError(f"{name}: neither config.json nor the tokenizer says which token is the mask (mask_token_id)")
+    check_mask(model.config, name)
     return model, tokenizer
+
+
+def check_mask(config, name) -> None:
+    """Raises T3DError if the configuration names no mask token, or one outside of the vocabulary."""
+    if config.mask_token_id is None:
+        raise T3DError(f"{name}: neither config.json nor the tokenizer says which token is the mask (mask_token_id)")
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise T3DError(
+            f"{name}: mask_token_id is {config.mask_token_id}, outside of the vocabulary of {config.vocab_size} tokens"
+        )
 
 
 def load_weights(

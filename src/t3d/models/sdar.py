@@ -1,8 +1,8 @@
 """SDAR (arXiv 2510.06303): Qwen3 with block-causal attention, on transformers' own classes, without remote code."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from t3d.models.family import PublishedConfig, SelectiveHead
+from t3d.models.family import FamilyModel, PublishedConfig
 
 
 class SDARConfig(PublishedConfig, Qwen3Config):
@@ -13,12 +13,8 @@ class SDARConfig(PublishedConfig, Qwen3Config):
     mask_token_id: int | None = None
 
 
-class SDARForCausalLM(SelectiveHead, Qwen3ForCausalLM):
+class SDARForCausalLM(FamilyModel, Qwen3ForCausalLM):
     """Logits at a position predict the token *at* that position. The caller gives the mask (see `t3d.blocks`)."""
 
     config_class = SDARConfig
-    autoregressive = "qwen3"  # the model type that `t3d convert` makes one of
-
-
-AutoConfig.register("sdar", SDARConfig)
-AutoModelForCausalLM.register(SDARConfig, SDARForCausalLM)
+    autoregressive = "qwen3"

@@ -4,10 +4,10 @@ In memory the experts of a layer are two tensors, as transformers 5 has them; in
 `model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight`, as published. The mapping is Qwen3-MoE's own.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from t3d.models.family import PublishedConfig, SelectiveHead
+from t3d.models.family import FamilyModel, PublishedConfig
 
 
 class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
@@ -18,13 +18,11 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
     mask_token_id: int | None = None
 
 
-class SDARMoeForCausalLM(SelectiveHead, Qwen3MoeForCausalLM):
+class SDARMoeForCausalLM(FamilyModel, Qwen3MoeForCausalLM):
     """Logits at a position predict the token *at* that position. The caller gives the mask (see `t3d.blocks`)."""
 
     config_class = SDARMoeConfig
     autoregressive = "qwen3_moe"
 
 
-AutoConfig.register("sdar_moe", SDARMoeConfig)
-AutoModelForCausalLM.register(SDARMoeConfig, SDARMoeForCausalLM)
 register_checkpoint_conversion_mapping("sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)

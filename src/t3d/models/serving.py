@@ -15,6 +15,7 @@ from t3d.models.files import TOKENIZER_FILES, read_json
 from t3d.models.recommended import recommended
 
 DEFAULTS = {"steps": None, "strategy": "low_confidence_static", "threshold": 0.9}
+BASES = {"sdar": "Qwen3Config", "sdar_moe": "Qwen3MoeConfig"}  # the families that both engines know
 MASK_ID = 151669  # both engines have it in their source, whatever config.json says
 
 NEEDED = ("rope_theta", "architectures", "block_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -110,6 +111,8 @@ def prepare(folder: Path, engine: str) -> None:
     Raises T3DError when the engine could not serve it, or not as recommended.
     """
     config, serving = read_json(folder / "config.json"), ENGINES[engine]
+    if config["model_type"] not in BASES:
+        raise T3DError(f"{engine} cannot serve it: it knows {' and '.join(BASES)}, not {config['model_type']}")
     if config.get("mask_token_id") != MASK_ID:
         raise T3DError(
             f"{engine} cannot serve it: its mask token is {config.get('mask_token_id')}; {engine} knows {MASK_ID} only"
@@ -139,8 +142,7 @@ def _describe_type(folder: Path, config: dict) -> None:
         return
     family, name = config["model_type"], config["architectures"][0].replace("ForCausalLM", "Config")
     module = f"configuration_{family}"
-    base = {"sdar": "Qwen3Config", "sdar_moe": "Qwen3MoeConfig"}[family]
-    code = CONFIGURATION.format(base=base, name=name, family=family)
+    code = CONFIGURATION.format(base=BASES[family], name=name, family=family)
     (folder / f"{module}.py").write_text(code, encoding="utf-8")
     config = config | {"auto_map": config.get("auto_map", {}) | {"AutoConfig": f"{module}.{name}"}}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ class LinearSpec(Flight):
     """
 
     causal: ClassVar[bool] = True
+    verifies: ClassVar[bool] = True
 
     def scratch_blocks(self, policy) -> int:
         return 1  # a verifying forward carries the last block twice

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,8 @@ class S2D2(Flight):
     made if E[K] - c is at least a bound. S2D2 (arXiv 2603.25702; SDAR/generate_ssd_policy.py with score_threshold,
     difference_static and soft_entropy_negexp).
     """
+
+    verifies: ClassVar[bool] = True
 
     verify_cost: float = setting(1.0, "c: tokens that a verifying forward must be expected to bring", low=0)
     verify_from: float = setting(0.0, "verify where the expected tokens less `verify_cost` are at least this")
