@@ -1,5 +1,6 @@
-"""Layers of kinds that no family of today has: partial rotation, experts in groups with sigmoid gates, shared ones."""
+"""What no family of today has: partial rotation, experts in groups with sigmoid gates, shared ones, keys of its own."""
 
+import json
 import random
 
 import pytest
@@ -8,8 +9,28 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from t3d.decoding import DecodingConfig
 from t3d.engine import Engine
-from t3d.models.family import FamilyModel
+from t3d.models.family import FamilyModel, PublishedConfig
 from tests.engine.reference import reference_decode
+
+
+class Config(PublishedConfig, Glm4MoeConfig):
+    model_type = "other_moe"
+    keys = {"num_experts": "n_routed_experts", "use_qkv_bias": "attention_bias"}  # noqa: RUF012
+    mask_token_id: int | None = 63
+    block_size: int = 32
+
+
+def test_keys_are_read_and_written_as_published(tmp_path):
+    published = {"num_experts": 16, "use_qkv_bias": True, "rope_theta": 6e5, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = Config.from_pretrained(tmp_path)
+    assert (config.n_routed_experts, config.attention_bias) == (16, True)
+    assert (config.mask_token_id, config.block_size) == (63, 32)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert published.items() <= written.items()
+    assert not {"n_routed_experts", "attention_bias"} & written.keys()
+    assert Config.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 class Glm4Moe(FamilyModel, Glm4MoeForCausalLM):

@@ -83,7 +83,7 @@ def _convert(folder: Path, name, out, block_size: int, mask_token: str, dtype, m
     if tokenizer is None:
         raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
     left = ("model_type", "architectures", "auto_map")
-    config = family.config_class(**{key: value for key, value in values.items() if key not in left})
+    config = family.config_class.from_dict({key: value for key, value in values.items() if key not in left})
     config.block_size = block_size
     if values["model_type"] not in FAMILIES and len(family.config_class.shifts) > 1:
         config.logits_shift = int(bool(shift))

@@ -2,8 +2,9 @@
 
 A family's file says what is particular to it; whatever it does not say is as in SDAR:
 
-- its configuration (`PublishedConfig`): `block_size` and `mask_token_id`, which shifts of the logits there are, what of
-  config.json cannot be had (`check`);
+- its configuration (`PublishedConfig`): `block_size` and `mask_token_id`, with defaults where published files do not
+  say them; which shifts of the logits there are (`shifts`); `keys` of config.json that transformers calls otherwise;
+  what of it cannot be had (`check`);
 - its model (`FamilyModel`): transformers' own class, the autoregressive model that becomes one of it, and how a layer
   is computed (`parts`, `norm_weight`), from which the engine makes its lean forward. The attention mask is the
   caller's, see `t3d.blocks`;
@@ -13,6 +14,7 @@ A family's file says what is particular to it; whatever it does not say is as in
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,12 @@ class PublishedConfig:
 
     logits_shift = 0  # 1: a row's logits predict the next token, as an autoregressive model's; 0: the row's own
     shifts = (0,)  # what `logits_shift` may be
+    keys: ClassVar[dict[str, str]] = {}  # names in config.json -> names in transformers, where they differ
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The configuration that a published config.json holds."""
+        return super().from_dict({cls.keys.get(key, key): value for key, value in config_dict.items()}, **kwargs)
 
     def check(self) -> None:
         """Raises T3DError for what the family's files may say and t3d cannot do."""
@@ -51,6 +59,7 @@ class PublishedConfig:
             values["torch_dtype"] = values["dtype"]
         if "num_local_experts" in values:
             values["num_experts"] = values.pop("num_local_experts")
+        values |= {key: values.pop(name) for key, name in self.keys.items() if name in values}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
