@@ -11,15 +11,14 @@ from rich.console import Console
 from t3d.config import Recipe, load_recipe
 from t3d.distill import T3DTrainer
 from t3d.errors import T3DError
-from t3d.models import save_model
+from t3d.models import FAMILIES, save_model
 from t3d.pipeline.inputs import Inputs
 from t3d.plan import activation_bytes, plan, sizes, table
+from t3d.tasks.word_problems import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    from t3d.tasks.word_problems import build_tokenizer
-
     tokenizer = build_tokenizer()
     model = make_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model.config.mask_token_id = tokenizer.mask_token_id
@@ -87,6 +86,17 @@ def test_a_new_model_has_the_vocabulary_of_its_tokenizer(tmp_path):
     path.write_text("model: {architecture: {hidden_size: 16, num_hidden_layers: 1}}\ntask: {num_train: 1}\n")
     made = Inputs(load_recipe(path))
     assert sizes(made, made.recipe.training_arguments(tmp_path)).embedding == len(made.tokenizer) * 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(tmp_path, family):
+    model = make_model(family=family, tie=True)
+    save_model(model, tmp_path / "m", build_tokenizer())
+    made = recipe(tmp_path / "m", tmp_path)
+    assert sizes(Inputs(made), made.training_arguments(tmp_path)).parameters == sum(
+        p.numel() for p in model.parameters()
+    )
+    assert found(plan(made))["train/weights"] == sum(p.nbytes for p in model.parameters())
 
 
 def test_a_configuration_that_is_none_is_one_line(tiny, tmp_path):

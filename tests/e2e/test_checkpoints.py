@@ -20,18 +20,26 @@ from tests.conftest import make_model
 from tests.models.test_convert import autoregressive
 
 
-def test_qwen3_to_block_diffusion_to_a_student(t3d, write_recipe):
-    autoregressive(t3d.folder / "ar")
-    done = t3d("convert", "ar", "bd", "--block-size", "4")
+@pytest.mark.parametrize(
+    ("kind", "options", "made"),
+    [
+        ("qwen3", (), "sdar, blocks of {}, mask"),
+        ("llama", ("--shift",), "block_llama, blocks of {}, logits shifted, mask"),
+    ],
+    ids=["qwen3", "llama-shift"],
+)
+def test_from_autoregressive_to_block_diffusion_to_a_student(t3d, write_recipe, kind, options, made):
+    autoregressive(t3d.folder / "ar", kind)
+    done = t3d("convert", "ar", "bd", "--block-size", "4", *options)
     assert done.code == 0, done.stderr
-    assert done.stdout.startswith("bd: sdar, blocks of 4, mask token")
+    assert done.stdout.startswith(f"bd: {made.format(4)} token")
     recipe = write_recipe(t3d.folder, model={"path": "bd"}, train={"objective": "sft", "max_steps": 2})
     done = t3d("run", recipe)
     assert done.code == 0, done.stderr
     student, tokenizer = load_model(t3d.folder / "runs/recipe/student", device="cpu")
     assert student.config.mask_token_id == tokenizer.mask_token_id
     done = t3d("convert", "runs/recipe/student", "b8", "--block-size", "8")
-    assert done.stdout.startswith("b8: sdar, blocks of 8, mask token"), done
+    assert done.stdout.startswith(f"b8: {made.format(8)} token"), done
     refused(t3d("run", recipe, "model.path=ar", "--force"), "t3d convert")
 
 
