@@ -28,6 +28,7 @@ _SAME = [  # what to write instead of what, in this order
     (r"\\degree(?![a-z])|\^\{?" + _TEXT + r"\{o\}\}?|\^\{\s*\\circ\s*\}", r"^\\circ"),
     (r"\\mathrm\{([ie])\}", r"\1"),
     (_TEXT + r"\{\s*\\?\$\s*\}", r"\\$"),
+    (r"\\[lc]?dots[bcimo]?(?![a-z])|\.\.\.+|…", r"\\ldots "),
     (r"\s+", " "),
 ]
 _SAME = [(re.compile(pattern), instead) for pattern, instead in _SAME]
@@ -44,6 +45,11 @@ _TIME = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s.*)?")
 _WORDS = re.compile(r"[A-Z]{2,}|[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _MIXED = re.compile(r"([-+]?\d{1,60}) (\d{1,60})/(\d{1,60})")
 _INEQUALITY = re.compile(r"([a-zA-Z])\s*(<|>|\\leq?(?![a-z])|\\geq?(?![a-z]))\s*([^<>]+)")
+
+_DOTS = r"\\ldots"
+_CONDITION = r"(?i:\b(?:if|when|where|for|all|any|every|each|some|such|that|only|except|otherwise|unless|with|not)\b)"
+_WORDED = r"(?<![_^])(?<![_^]\{)" + _TEXT + r"\{(?!\s*(?:and|or|[a-zA-Z])\s*\})[^{}]*[a-zA-Z][^{}]*\}"
+_UNCLEAR = re.compile(rf"{_DOTS}|{_CONDITION}|{_WORDED}(?!(?:\^\{{?\d\}}?)?\s*(?:$|=))")
 
 _SAME_UNIT = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre;
 in inch inche; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; oz ounce; lb pound;
@@ -107,6 +113,7 @@ def words(text: str) -> str:
     """
     said = _WRAPPED.sub(lambda m: m[1], text)
     bare = re.sub(r"\(([A-Z])\)", r"\1", re.sub(r"[\s.]+$|(?<!\d)\s+|\s+(?!\d)", "", said))
+    bare = re.sub(r"([_^]|\\pmod)\{(\w)\}", r"\1\2", bare)
     return bare.casefold() if said != text or _WORDS.fullmatch(said) else bare
 
 
@@ -133,6 +140,12 @@ def differ(answer: str, gold: str) -> bool:
     return any(a and b and a.groups() != b.groups() for a, b in pairs) or (
         bool(pairs[1][1]) and re.fullmatch(r"\d+:\d+", answer) is not None and not pairs[1][0]
     )
+
+
+def unclear(text: str) -> bool:
+    r"""Whether a text in normal form holds what a parser of formulas drops, or takes for letters: dots, conditions and
+    words (but `and`, `or`, in an index, or a unit at the end)."""
+    return _UNCLEAR.search(text) is not None
 
 
 def as_intervals(gold: str, answer: str) -> tuple[str, str]:

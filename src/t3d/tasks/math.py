@@ -14,12 +14,18 @@ import sys
 import threading
 from pathlib import Path
 
-from t3d.tasks.latex import LONGEST, as_intervals, differ, differing_units, normal, number, words
+from t3d.tasks.latex import LONGEST, as_intervals, differ, differing_units, normal, number, unclear, words
 
 SECONDS = 5.0  # CPU time for one comparison, after which the answers count as different
 
 # `\\.` eats escaped characters, so that `\{` and `\}` do not count as braces.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# An answer and nothing else behind `####`: `18`, `$1,200.50`, `-3/4 of the cake`; no `#### 2. Compute`, `#### Step 1`.
+_MARKED = re.compile(
+    r"####[ \t*]*([-+]?(?:\\?\$)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?[ \t]*%?(?:[ \t]+[a-zA-Z]+){0,3})"
+    r"[.*]*[ \t\r]*$",
+    re.MULTILINE,
+)
 _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+]?\$?\.\d+")
 
 
@@ -40,13 +46,17 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(response: str, boxed_only: bool = False) -> str | None:
-    r"""The final answer of a response: the last `\boxed{}`, else what follows the last `####`, else the last number.
+    r"""The final answer of a response: the last `\boxed{}`, else what follows `####`, else the last number.
 
-    With `boxed_only`, or where a `\boxed{` was begun and never closed, there is no fallback.
+    Of several `####` it is the first that has a number and nothing else in its line, since a model that runs on writes
+    further questions and their answers; where there is none, the last. With `boxed_only`, or where a `\boxed{` was
+    begun and never closed, there is no fallback.
     """
     boxed = last_boxed(response)
     if boxed is not None or boxed_only or "\\boxed" in response:
         return boxed
+    if marked := _MARKED.search(response):
+        return marked[1]
     _, mark, tail = response.rpartition("####")
     if mark and tail.strip():
         return tail.strip().split("\n", 1)[0]
@@ -75,7 +85,7 @@ def verify_math(response: str, reference: str, boxed_only: bool = False) -> bool
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether two answers (LaTeX or plain text) are equal: as strings, as numbers, or by `math-verify`."""
+    """Whether two answers (LaTeX or plain text) are equal: as texts, as numbers, or as formulas read whole."""
     if not differing_units(answer, gold):  # math-verify ignores units: an answer may leave it out, but not give another
         answer, gold = normal(answer), normal(gold)
         if not answer or not gold:
@@ -85,7 +95,9 @@ def equal(answer: str, gold: str) -> bool:
         numbers = [number(text) for text in (answer, gold)]
         if None not in numbers:
             return numbers[0] == numbers[1]
-        if max(len(answer), len(gold)) <= LONGEST and not differ(answer, gold):
+        if max(len(answer), len(gold)) > LONGEST or unclear(answer) or unclear(gold):
+            return False  # they are not the same text
+        if not differ(answer, gold):
             return _worker.ask(*as_intervals(gold, answer))
     return False
 
