@@ -633,9 +633,8 @@ def measure(pairs: list[tuple[str, Triple]], shown: int) -> None:
         print("".join(f"{line}\n" for found in wrong for line in found[:shown]), end="", flush=True)
         totals = [total + more for total, more in zip(totals, (len(mine), *map(len, wrong)), strict=True)]
     row("all", *totals)
-    print(
-        f"{totals[1]} of {totals[0]} equal pairs are said to differ, {totals[2]} of {totals[0]} near misses to be equal;"
-    )
+    print(f"{totals[1]} of {totals[0]} equal pairs are said to differ,")
+    print(f"{totals[2]} of {totals[0]} near misses are said to be equal;")
     print(f"{asymmetric} of {turned} verdicts depend on the order; {1000 * seconds / (2 * totals[0]):.1f} ms each")
 
 

@@ -51,8 +51,9 @@ def calibrate_setting(
     problems = _problems(inputs, split)
     path = checkpoint(name or Path(recipe.run_dir) / "student")
     model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
-    prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in problems]
     config = DecodingConfig(strategy=strategy, max_tokens=recipe.eval.max_tokens, seed=recipe.seed)
+    problems = inputs.usable(problems, inputs.eval_task, model.config, [config], split)
+    prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [config])
 
     def share_correct(trajectories: list[Trajectory]) -> float:
@@ -119,6 +120,7 @@ def calibrate_promise(
         grid = candidates(base, strategies, blocks)
     if not grid:
         raise T3DError("nothing to choose: the only setting is the reference; add to eval.grid, or a --strategy")
+    problems = inputs.usable(problems, task, model.config, [reference, *grid], split)
     _check_enough(len(problems), len(grid), alpha, delta)
     prompts = [task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [reference, *grid])

@@ -8,6 +8,10 @@ class T3DError(Exception):
     """A problem with the input, not with the program: the message says what is wrong and what to do."""
 
 
+class PromptError(T3DError):
+    """One prompt cannot be decoded; others may."""
+
+
 class InUseError(T3DError):
     """Another process holds what this one needs."""
 

@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from e2e.program import assert_same_trajectories
 from e2e.test_run import weights
 from t3d.models import load_tokenizer
+from t3d.trajectories import TrajectoryDataset
 
 
 def refused(done, *said: str) -> None:
@@ -100,6 +101,36 @@ def test_data(t3d, write_recipe, case, key):
     task[key] = "none.jsonl" if text is None else "data.jsonl"
     refused(t3d("run", write_recipe(t3d.folder, task=task)), said)
     assert not (t3d.folder / "runs" / "recipe").exists()
+
+
+def test_bad_prompts_are_dropped_counted_and_named(t3d, write_recipe):
+    good = [{"id": f"good{i}", "question": f"How many apples are {i} and 2?", "answer": str(i + 2)} for i in range(4)]
+    long, masked = ({"id": "long", "question": "How many " * 300}, {"id": "masked", "question": "What is <|MASK|>?"})
+    data = [good[0], long, *good[1:], masked]
+    (t3d.folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in data))
+    task = {"name": "prompts", "path": "data.jsonl", "num_train": None, "num_eval": None}
+    recipe = write_recipe(t3d.folder, task=task, eval={"grid": [{"steps": [1]}]})
+    refused(t3d("rollout", recipe), "'long'", "the model's context is 512")
+    refused(t3d("rollout", recipe, "task.bad_prompts=skip"), "task.bad_prompts is 'stop' or 'drop', got 'skip'")
+    for _ in range(2):  # the second finds the same prompts in what the first has done
+        done = t3d("rollout", recipe, "task.bad_prompts=drop")
+        assert done.code == 0, done.stderr
+        run = t3d.folder / "runs" / "recipe"
+        assert [key for key, _ in TrajectoryDataset(run / "rollout").keys()]  # noqa: SIM118 == [record["id"] for record in good]
+    log = (run / "log.txt").read_text()
+    assert "training: 2 of 6 prompts dropped, which cannot be decoded: 'long', 'masked'" in log
+    assert "prompt 'masked' contains the mask token" in log
+    assert "2 prompts dropped" in log.split("rollout: 4 trajectories")[1].splitlines()[0]
+    done = t3d("eval", recipe, "task.bad_prompts=drop")
+    assert done.code == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["num_problems"], summary["dropped_prompts"]) == (4, 2)
+
+
+def test_no_prompt_is_left(t3d, write_recipe):
+    (t3d.folder / "data.jsonl").write_text(json.dumps({"question": "What is <|MASK|>?"}) + "\n")
+    task = {"name": "prompts", "path": "data.jsonl", "num_train": None, "bad_prompts": "drop"}
+    refused(t3d("rollout", write_recipe(t3d.folder, task=task)), "no training prompt can be decoded", "the mask token")
 
 
 def _half(folder: Path):

@@ -216,6 +216,22 @@ def test_the_console_is_looked_at(page, browse):
             browse(page, fault)
 
 
+def test_a_table_that_does_not_fit_says_so(page, browse):
+    state = "document.title = [...document.querySelectorAll('.scroll')].map((box) => box.className).join();"
+    narrow = (
+        "for (const box of document.querySelectorAll('.scroll')) { box.style.minWidth = 0; box.style.width = '20rem'; }"
+    )
+    resize = "dispatchEvent(new Event('resize'));"
+
+    def found(script):
+        return re.search("<title>(.*?)</title>", browse(page, script + state)).group(1).split(",")
+
+    assert found(narrow + resize) == ["scroll wide more"] * 2
+    ends = "for (const box of document.querySelectorAll('.scroll')) { box.scrollLeft = 9999; }" + resize
+    assert found(narrow + ends) == ["scroll wide"] * 2
+    assert page.count('class="sideways"') == 2
+
+
 def test_it_works_from_the_keyboard(page, browse):
     body = "document.body"
     title = "document.title = [document.getElementById('time').value, document.getElementById('problem').value];"

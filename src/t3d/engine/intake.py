@@ -6,7 +6,7 @@ from t3d.decoding.config import DecodingConfig
 from t3d.decoding.policy import SHADOW
 from t3d.decoding.sampling import derive_seed
 from t3d.engine.request import Request
-from t3d.errors import T3DError, characters
+from t3d.errors import PromptError, T3DError, characters
 from t3d.models import stop_ids
 
 
@@ -42,6 +42,20 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
     return requests
 
 
+def faults(prompts, configs, names, model_config, tokenizer) -> dict[str, str]:
+    """Why prompts (token ids) cannot be decoded at one of these settings, by their names; not those that can."""
+    configs = [config.at(getattr(model_config, "block_size", None)) for config in configs]
+    others = [None if c.negative_prompt is None else tuple(_encode(c.negative_prompt, 0, tokenizer)) for c in configs]
+    found = {}
+    for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        try:
+            for config, negative in zip(configs, others, strict=True):
+                _check(Request(index, 0, tuple(prompt), config, 0, name, negative), model_config)
+        except PromptError as error:
+            found[name] = str(error)
+    return found
+
+
 def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     """The settings with everything that comes from the model filled in: block size, steps and stop ids."""
     config = config.at(getattr(model.config, "block_size", None))
@@ -72,30 +86,33 @@ def _encode(prompt, index: int, tokenizer) -> list[int]:
 
 def _check(request: Request, config) -> None:
     name, limit = request.prompt, config.max_position_embeddings
-    _check_ids(request.prompt_ids, name, config)
-    if request.negative_ids is not None:
-        _check_ids(request.negative_ids, f"the negative prompt of {name}", config)
+    if fault := _fault(request.prompt_ids, config):
+        raise PromptError(f"{name} {fault}")
+    if request.negative_ids is not None and (fault := _fault(request.negative_ids, config)):
+        raise T3DError(f"the negative prompt of {name} {fault}")
     if request.most_tokens > limit:
-        raise T3DError(
+        raise PromptError(
             f"{name} has {len(request.prompt_ids)} tokens, with max_tokens = {request.config.max_tokens} "
             f"{request.most_tokens} positions, but the model's context is {limit}; shorten the prompt or lower "
             "max_tokens"
         )
     if request.guided and (most := request.companion_end) > limit:
-        raise T3DError(
+        raise PromptError(
             f"{name} comes to {most} positions behind its negative prompt of {request.companion_length} tokens, but "
             f"the model's context is {limit}; shorten negative_prompt or lower max_tokens"
         )
 
 
-def _check_ids(ids: tuple[int, ...], name: str, config) -> None:
+def _fault(ids: tuple[int, ...], config) -> str | None:
+    """What is wrong with the ids of a prompt, whatever its length."""
     mask_id, vocab = config.mask_token_id, config.vocab_size
     if not ids:
-        raise T3DError(f"{name} is empty; give at least one token")
+        return "is empty; give at least one token"
     if mask_id in ids:
-        raise T3DError(
-            f"{name} contains the mask token (id {mask_id}) at position {ids.index(mask_id)}; it marks what is to be "
+        return (
+            f"contains the mask token (id {mask_id}) at position {ids.index(mask_id)}; it marks what is to be "
             "generated and cannot be given"
         )
     if min(ids) < 0 or max(ids) >= vocab:
-        raise T3DError(f"{name} has a token id outside 0..{vocab - 1}; was it made with this model's tokenizer?")
+        return f"has a token id outside 0..{vocab - 1}; was it made with this model's tokenizer?"
+    return None

@@ -20,15 +20,18 @@ def write_summary(
     versions: dict,
     wall_seconds: dict[str, float],
     rows: Iterable[EvalRow],
+    dropped_prompts: int = 0,
 ) -> dict:
     """Write `path` whole or not at all, and return what was written; docs/evaluation.md gives the schema.
 
+    dropped_prompts: how many problems `task.bad_prompts=drop` left out, beside those that are counted in the rows.
     wall_seconds: of the stages "rollout", "train", "eval" and of all ("total"); 0 for one that did not run.
     """
     rows = [row.to_dict() for row in rows]
     summary = {
         "task": task,
         "num_problems": max((row["num_problems"] for row in rows), default=0),
+        "dropped_prompts": dropped_prompts,
         "seed": seed,
         "versions": versions,
         "wall_seconds": {stage: wall_seconds.get(stage, 0.0) for stage in STAGES},

@@ -60,6 +60,7 @@ def evaluation(run: RunFolder, recipe: Recipe, inputs: Inputs) -> None:
         versions=versions(),
         wall_seconds=run.seconds(),
         rows=rows,
+        dropped_prompts=inputs.dropped["evaluation"],
     )
 
 

@@ -6,12 +6,19 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from t3d.config import Recipe
+from t3d.decoding import DecodingConfig
+from t3d.distill.objective import OBJECTIVES, ROLLOUTS
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
+from t3d.engine.intake import faults
 from t3d.engine.ray_engine import find_ray
 from t3d.errors import T3DError
+from t3d.log import log
 from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.tasks import Problem, Task, get_task
+from t3d.tasks.base import DROP
+
+NAMED = 5  # of the dropped prompts on the terminal; the log file names all
 
 
 class Inputs:
@@ -19,6 +26,7 @@ class Inputs:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.dropped = {"training": 0, "evaluation": 0}  # problems left out by `task.bad_prompts=drop`
 
     @cached_property
     def teacher(self):
@@ -53,6 +61,18 @@ class Inputs:
         return tokenizer
 
     @cached_property
+    def config(self) -> PretrainedConfig:
+        """The teacher's configuration, without its weights."""
+        wanted = self.recipe.model
+        if wanted.architecture is not None:
+            return new_config(wanted.architecture, self.tokenizer)
+        folder = str(checkpoint(wanted.path))
+        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in FAMILIES:
+            return self.teacher[0].config  # says what it is
+        return FAMILIES[kind].config_class.from_pretrained(folder)
+
+    @cached_property
     def saved_dtype(self) -> str:
         """Name of the dtype that the teacher's weights are stored in."""
         if self.recipe.model.architecture is not None:
@@ -70,15 +90,41 @@ class Inputs:
 
     @cached_property
     def train_problems(self) -> list[Problem]:
-        return _some(self.task.problems("train", self.recipe.task.num_train), "training")
+        found = _some(self.task.problems("train", self.recipe.task.num_train), "training")
+        if self.recipe.rollout.source is not None or OBJECTIVES[self.recipe.objective].source != ROLLOUTS:
+            return found  # nothing is decoded
+        decoding = self.task.guided(self.recipe.rollout.decoding(self.recipe.seed), self.tokenizer)
+        return self.usable(found, self.task, self.config, [decoding], "training")
 
     @cached_property
     def train_prompts(self) -> list[list[int]]:
-        return [self.task.prompt(problem, self.teacher[1]) for problem in self.train_problems]
+        return [self.task.prompt(problem, self.tokenizer) for problem in self.train_problems]
 
     @cached_property
     def eval_problems(self) -> list[Problem]:
-        return _some(self.eval_task.problems(self.recipe.eval.split, self.recipe.task.num_eval), "evaluation")
+        found = _some(self.eval_task.problems(self.recipe.eval.split, self.recipe.task.num_eval), "evaluation")
+        settings = [self.eval_task.guided(c, self.tokenizer) for c in self.recipe.eval.settings(self.recipe.seed)]
+        return self.usable(found, self.eval_task, self.config, settings, "evaluation")
+
+    def usable(
+        self, problems: list[Problem], task: Task, config: PretrainedConfig, settings: list[DecodingConfig], what: str
+    ) -> list[Problem]:
+        """The problems; with `task.bad_prompts=drop` those whose prompts a model of this configuration can decode at
+        all of these settings. The log names the others, `dropped` counts them."""
+        if self.recipe.task.bad_prompts != DROP:
+            return problems
+        names = [problem.id for problem in problems]
+        bad = faults([task.prompt(p, self.tokenizer) for p in problems], settings, names, config, self.tokenizer)
+        if not bad:
+            return problems
+        if len(bad) == len(problems):
+            raise T3DError(f"task.bad_prompts: no {what} prompt can be decoded; {bad[names[0]]}")
+        self.dropped[what] = len(bad)
+        some = ", ".join(map(repr, list(bad)[:NAMED])) + (f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else "")
+        log.warning("%s: %d of %d prompts dropped, which cannot be decoded: %s", what, len(bad), len(problems), some)
+        for fault in bad.values():
+            log.debug("%s: dropped: %s", what, fault)
+        return [problem for problem in problems if problem.id not in bad]
 
     def release(self) -> None:
         """Forget the teacher, so that its memory is free for training."""

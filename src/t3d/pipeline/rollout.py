@@ -86,7 +86,7 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
             work = rollout_jobs(recipe, inputs, number, hard)
             decoding = replace(decoding, temperature=recipe.rollout.retry_temperature)
             _decode(engine, work, decoding, inputs, writer, recipe.rollout.save_every)
-    _say(TrajectoryDataset(folder))
+    _say(TrajectoryDataset(folder), inputs.dropped["training"])
 
 
 def unsolved(found: TrajectoryDataset, n: int) -> set[str]:
@@ -136,11 +136,12 @@ def _settings(recipe: Recipe, folder: Path) -> dict:
     return as_begun(folder, "recipe", now, {key for key, *_ in differences({}, now)})
 
 
-def _say(dataset: TrajectoryDataset) -> None:
+def _say(dataset: TrajectoryDataset, dropped: int = 0) -> None:
     verdicts = [verdict for verdict in dataset.column("correct") if verdict is not None]
     lengths, reasons = dataset.column("length"), dataset.column("finish_reason")
     correct = f", {sum(verdicts) / len(verdicts):.1%} of {len(verdicts)} correct" if verdicts else ""
+    without = f", {dropped} prompts dropped" if dropped else ""
     log.info(
-        "rollout: %d trajectories, %.1f tokens on average, %d cut at max_tokens%s",
-        len(dataset), sum(lengths) / len(lengths), reasons.count("length"), correct,
+        "rollout: %d trajectories, %.1f tokens on average, %d cut at max_tokens%s%s",
+        len(dataset), sum(lengths) / len(lengths), reasons.count("length"), correct, without,
     )  # fmt: skip

@@ -16,6 +16,7 @@ NEUTRAL = (
     "report.",
     "model.device",
     "task.allow_unsandboxed",
+    "task.bad_prompts",  # it stops before there is anything, or drops nothing else than it dropped before
     "rollout.save_every",
     "train.logging_",
     "train.log_",

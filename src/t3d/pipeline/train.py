@@ -112,7 +112,7 @@ class _Round:
         self.processes.wait()
 
     def _held_out(self, tokenizer) -> HeldOut | None:
-        return held_out(self.recipe, self.arguments, tokenizer) if self.arguments.eval_every else None
+        return held_out(self.recipe, self.inputs, self.arguments, tokenizer) if self.arguments.eval_every else None
 
     def _judge(self) -> Judge | None:
         return Judge(self.inputs.task, self.inputs.train_problems) if self.arguments.method.rl_updates else None
@@ -171,10 +171,12 @@ def check_reference(path: str | Path, model, tokenizer) -> None:
         raise T3DError(f"train.reference_path: {path} has another tokenizer than the student")
 
 
-def held_out(recipe: Recipe, arguments, tokenizer) -> HeldOut:
+def held_out(recipe: Recipe, inputs: Inputs, arguments, tokenizer) -> HeldOut:
     """The problems that `train.eval_every` evaluates on."""
     task = get_task(recipe.task, evaluation=arguments.eval_split != "train")
+    decoding = DecodingConfig(max_tokens=recipe.eval.max_tokens)
     problems = task.problems(arguments.eval_split, arguments.eval_problems)
+    problems = inputs.usable(problems, task, inputs.config, [decoding], "held-out")
     steps, most = arguments.eval_block_steps, recipe.eval.max_tokens
     return HeldOut(task, problems, tokenizer, steps, most, recipe.engine.local)
 
@@ -199,7 +201,7 @@ def check_training(recipe: Recipe, inputs: Inputs) -> None:
     if arguments.method.reference_sees == "answer":
         check_answers(recipe, inputs)
     if arguments.eval_every:
-        held_out(recipe, arguments, inputs.teacher[1])
+        held_out(recipe, inputs, arguments, inputs.teacher[1])
 
 
 def check_answers(recipe: Recipe, inputs: Inputs) -> None:

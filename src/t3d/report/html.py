@@ -71,7 +71,9 @@ def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportC
 def _subtitle(runs: list[Run]) -> str:
     tasks = sorted({str(run.summary.get("task")) for run in runs})
     counts = sorted({run.summary.get("num_problems", 0) for run in runs})
-    return f"{', '.join(tasks)}, {' / '.join(f'{n:,}' for n in counts)} problems"
+    dropped = sum(run.summary.get("dropped_prompts", 0) for run in runs)
+    without = f", {dropped:,} dropped whose prompts cannot be decoded" if dropped else ""
+    return f"{', '.join(tasks)}, {' / '.join(f'{n:,}' for n in counts)} problems{without}"
 
 
 def _series(rows: list[Row]) -> list[Series]:
@@ -182,9 +184,15 @@ def _table(rows: list[Row]) -> str:
         + ". NFE: forwards per response. length: tokens per response. cut: responses that did not end by themselves."
         + (f" {', '.join(same)}." if same else "")
     )
+    return f'<section><h2>Results</h2>{_scrolling("Results", head, body)}<p class="note">{escape(note)}</p></section>'
+
+
+def _scrolling(label: str, head: str, body: list[str]) -> str:
+    """A table that can be scrolled sideways, by the keyboard too, and says so where it does not fit (page.js)."""
     return (
-        f'<section><h2>Results</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{escape(note)}</p></section>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+        '<p class="sideways" aria-hidden="true">scroll sideways for more →</p>'
     )
 
 
@@ -244,10 +252,11 @@ def _failures(rows: list[Row]) -> str:
         "not right, in percent of all answers: wrong ones; none found; cut by the token limit. gained and lost: "
         f"problems that a row solves and {base.name} does not, and the other way; p: McNemar's exact test."
     )
+    marks = '<th class="right">gained</th><th class="right">lost</th><th class="right">p</th>'
+    head = f"<th>model</th><th>setting</th>{heads}{ways}{marks}"
     return (
-        '<section><h2>Where it fails</h2><div class="scroll"><table><thead><tr><th>model</th><th>setting</th>'
-        f'{heads}{ways}<th class="right">gained</th><th class="right">lost</th><th class="right">p</th></tr></thead>'
-        f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{escape(note)}</p></section>'
+        f"<section><h2>Where it fails</h2>{_scrolling('Where it fails', head, body)}"
+        f'<p class="note">{escape(note)}</p></section>'
     )
 
 

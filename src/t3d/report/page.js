@@ -1,5 +1,16 @@
 "use strict";
 (() => {
+  // A table that does not fit says so, and its edge fades until it is scrolled to its end.
+  for (const box of document.querySelectorAll(".scroll")) {
+    const look = () => {
+      box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+      box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    addEventListener("resize", look);
+    look();
+  }
+
   const data = JSON.parse(document.getElementById("data").textContent);
   if (!data.problems.length) return;
   const $ = (id) => document.getElementById(id);
@@ -181,11 +192,11 @@
   };
   document.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey || /^(SELECT|INPUT|BUTTON|SUMMARY)$/.test(e.target.tagName)) return;
-    const token = e.target.classList?.contains("t"); // arrows there go from token to token
+    const own = /\b(t|scroll)\b/.test(e.target.className); // arrows there go from token to token, or scroll
     const act = {
       " ": () => $("play").click(),
-      ArrowRight: () => token || (pause(), seek(Math.min(most(), +$("time").value + 1))),
-      ArrowLeft: () => token || (pause(), seek(Math.max(0, +$("time").value - 1))),
+      ArrowRight: () => own || (pause(), seek(Math.min(most(), +$("time").value + 1))),
+      ArrowLeft: () => own || (pause(), seek(Math.max(0, +$("time").value - 1))),
       n: () => move(1),
       p: () => move(-1),
     }[e.key];

@@ -7,6 +7,7 @@ is what an answer means by `\frac{1}{\sqrt{n}} = \sqrt{\frac{1}{n}}`.
 """
 
 import sympy
+from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 from math_verify import grader
 from math_verify.parser import parse_latex_cached
@@ -100,10 +101,13 @@ def _near(a: Expr, b: Expr, share: Rational, most: int | None = None) -> bool:
 
 
 def _same_at_points(a: Expr, b: Expr, names: list[str]) -> bool:
+    roots = [x for x in a.atoms(sympy.Pow) | b.atoms(sympy.Pow) if x.exp.is_Rational and x.exp.q % 2 == 0]
+    positive = {s.name for x in roots if not x.base.is_Add for s in x.base.free_symbols}  # as n in the root of 1/n
     agreed = 0
     for values in (_POINTS, _WHOLE):
         for i in range(len(values)):
             point = {name: values[(i + 4 * j) % len(values)] for j, name in enumerate(names)}
+            point |= {name: abs(point[name]) for name in positive}
             try:
                 found = [_real(x, point) for x in (a, b)]
             except _NotReal:
@@ -158,10 +162,20 @@ def _same_relation(gold, pred, *precision) -> bool:
     return bool(sympy.solve(gold, gold.free_symbols)) and _solve_and_compare(gold, pred, *precision)
 
 
+def _same_relations(gold, pred, *precision) -> bool:
+    """As math-verify, or with the second chain read from its other end: `0 < x < 1`, `1 > x > 0`."""
+    found = _compare_relational(gold, pred, *precision)
+    if not found and isinstance(gold, And) and isinstance(pred, And):
+        found = _compare_relational(gold, And(*pred._unsorted_args[::-1]), *precision)
+    return found
+
+
 def _same_letter(gold: Basic, pred: Basic) -> bool:
     return _compare_symbols(gold, pred) or same(gold, pred)
 
 
 _solve_and_compare, _compare_symbols = grader.sympy_solve_and_compare, grader.sympy_compare_symbols
+_compare_relational = grader.sympy_compare_relational
 grader.sympy_numeric_eq, grader.sympy_symbolic_eq = same, lambda *_: False  # it has no place for others
 grader.sympy_solve_and_compare, grader.sympy_compare_symbols = _same_relation, _same_letter
+grader.sympy_compare_relational = _same_relations
