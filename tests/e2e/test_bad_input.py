@@ -121,7 +121,7 @@ def test_bad_prompts_are_dropped_counted_and_named(t3d, write_recipe):
     assert "training: 2 of 6 prompts dropped, which cannot be decoded: 'long', 'masked'" in log
     assert "prompt 'masked' contains the mask token" in log
     assert "2 prompts dropped" in log.split("rollout: 4 trajectories")[1].splitlines()[0]
-    done = t3d("eval", recipe, "task.bad_prompts=drop")
+    done = t3d("run", recipe, "task.bad_prompts=drop", "train.max_steps=1", "eval.teacher=false")
     assert done.code == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["num_problems"], summary["dropped_prompts"]) == (4, 2)

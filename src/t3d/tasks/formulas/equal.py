@@ -159,7 +159,7 @@ def _same_relation(gold, pred, *precision) -> bool:
     if ratio.is_number:
         turned = grader.INVERSE_RELATIONS.get(type(gold), type(gold))
         return isinstance(pred, turned if ratio.is_negative else type(gold)) and not ratio.is_zero
-    return bool(sympy.solve(gold, gold.free_symbols)) and _solve_and_compare(gold, pred, *precision)
+    return _solve_and_compare(gold, pred, *precision) and bool(sympy.solve(gold, gold.free_symbols))
 
 
 def _same_relations(gold, pred, *precision) -> bool:
