@@ -68,7 +68,7 @@ def test_the_order_does_not_matter(answer, gold):
     assert equal(answer, gold) == equal(gold, answer)
 
 
-@given(ANSWERS, st.sampled_from(["$ {} $", r"\left. {} \right.", r"\displaystyle {}", "{}.", r" {}\,"]))
+@given(ANSWERS, st.sampled_from(["$ {} $", r"\displaystyle {}", "{}.", r" {}\,"]))
 @settings(max_examples=25, deadline=None)
 def test_an_answer_equals_itself_in_other_notations(answer, around):
     other = around.replace("{}", answer).replace(r"\frac", r"\dfrac").replace(r"\ge ", r"\geq ")

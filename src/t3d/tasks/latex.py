@@ -23,7 +23,7 @@ _SAME = [  # what to write instead of what, in this order
     (r"\\[!,;:]|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\\s|\\displaystyle|\\q?quad(?![a-z])", " "),
     (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: "\\{" if m[0] == "\\lbrace" else "\\}"),
     (r"\\(?:langle|rangle)(?![a-z])", lambda m: "(" if m[0] == "\\langle" else ")"),
-    (r"\\(leq|geq)slant", r"\\\1"),
+    (r"\\(le|ge|ne)q(?:slant)?(?![a-z])", r"\\\1"),
     (r"\\varnothing", r"\\emptyset"),
     (r"\\degree(?![a-z])|\^\{?" + _TEXT + r"\{o\}\}?|\^\{\s*\\circ\s*\}", r"^\\circ"),
     (r"\\mathrm\{([ie])\}", r"\1"),
@@ -113,7 +113,7 @@ def words(text: str) -> str:
     """
     said = _WRAPPED.sub(lambda m: m[1], text)
     bare = re.sub(r"\(([A-Z])\)", r"\1", re.sub(r"[\s.]+$|(?<!\d)\s+|\s+(?!\d)", "", said))
-    bare = re.sub(r"([_^]|\\pmod)\{(\w)\}", r"\1\2", bare)
+    bare = re.sub(r"([_^]|\\pmod)\{(\d+|[a-zA-Z])\}(?!\w)", r"\1\2", bare)
     return bare.casefold() if said != text or _WORDS.fullmatch(said) else bare
 
 

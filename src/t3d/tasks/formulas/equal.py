@@ -16,7 +16,8 @@ from sympy.core.function import AppliedUndef
 
 DIGITS, EXACT = 80, 400  # of numbers as they are compared first, and of those that agree in that
 LOST = 55  # of these digits, to sums in which large terms cancel
-ROUNDED = Rational(1, 10**6)  # by so much, absolutely and relatively, a decimal may differ from what it stands for
+# By a millionth, and rounding, a decimal may differ from what it stands for, absolutely and relatively.
+ROUNDED = Rational(10001, 10**10)
 ENOUGH = 3  # points at which both formulas are real
 
 # Of every size and sign; then whole ones, for what is real only there, as a power of -1.
