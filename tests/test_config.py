@@ -1,5 +1,6 @@
 """The recipe: what is accepted, what it becomes, and the one line that says what is wrong with it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_every_variant_of_our_studies_is_a_recipe(path):
 
 def test_every_objective_is_in_a_study():
     text = "".join(path.read_text() for path in STUDIES)
-    assert set(OBJECTIVES) == {name for name in OBJECTIVES if f"train.objective={name}," in text}
+    assert set(OBJECTIVES) <= set(re.findall(r"train\.objective=(\w+)", text))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
