@@ -30,29 +30,36 @@ from t3d.models import SDARConfig, SDARForCausalLM
 BLOCK, PROMPT, NEW = 4, 64, 256
 # hidden size, layers, heads, key-value heads, head size, intermediate size, vocabulary
 SHAPES = {
+    "tiny": (64, 1, 4, 2, 16, 128, 512),
     "small": (256, 8, 8, 4, 32, 768, 8192),
+    "0.2b": (1024, 12, 16, 8, 64, 3072, 32000),
     "1.7b": (2048, 28, 16, 8, 128, 6144, 151936),
     "4b": (2560, 36, 32, 8, 128, 9728, 151936),
+    "8b": (4096, 36, 32, 8, 128, 12288, 151936),
 }
 
 
-def make_model(shape: str, device: str, dtype: torch.dtype) -> SDARForCausalLM:
-    torch.manual_seed(0)
+def architecture(shape: str) -> dict:
+    """Settings of config.json."""
     hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary = SHAPES[shape]
-    config = SDARConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate,
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-        max_position_embeddings=1024,
-        block_size=BLOCK,
-        mask_token_id=vocabulary - 1,
-        dtype=dtype,
-    )
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 1024,
+        "block_size": BLOCK,
+        "mask_token_id": vocabulary - 1,
+    }
+
+
+def make_model(shape: str, device: str, dtype: torch.dtype, **changes) -> SDARForCausalLM:
+    torch.manual_seed(0)
+    config = SDARConfig(**architecture(shape) | changes, dtype=dtype)
     with torch.device(device):
         model = SDARForCausalLM(config).to(dtype)
     for weight in model.parameters():

@@ -58,16 +58,19 @@ def make_model(seed: int) -> SDARForCausalLM:
     return SDARForCausalLM(config)
 
 
-def make_trajectories(count: int = 8, seed: int = 0) -> list[Trajectory]:
+def make_trajectories(
+    count: int = 8, seed: int = 0, prompts=(40, 161), responses=(100, 901), tokens=(1, MASK)
+) -> list[Trajectory]:
+    """Random ones; a pair is what numpy draws a length or a token from."""
     rng = np.random.default_rng(seed)
     trajectories = []
     for number in range(count):
-        prompt, response = int(rng.integers(40, 161)), int(rng.integers(100, 901))
+        prompt, response = int(rng.integers(*prompts)), int(rng.integers(*responses))
         total = response + -(prompt + response) % BLOCK  # the last block is whole
         trajectories.append(
             Trajectory(
-                prompt_ids=rng.integers(1, MASK, prompt).tolist(),
-                response_ids=rng.integers(1, MASK, total).tolist(),
+                prompt_ids=rng.integers(*tokens, prompt).tolist(),
+                response_ids=rng.integers(*tokens, total).tolist(),
                 step_map=np.concatenate([rng.permutation(BLOCK) for _ in range(total // BLOCK + 1)])[:total].tolist(),
                 confidence=rng.random(total).tolist(),
                 length=response,

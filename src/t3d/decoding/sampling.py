@@ -104,7 +104,7 @@ def sample(
     device = logits.device
     best, tokens = logits.max(-1)
     above = logits - best[:, None]  # at most 0
-    weights = above.exp()
+    weights = above.exp() if entropy else above.exp_()  # as large as the logits
     z = weights.sum(-1)  # (rows,)
     entropies = None
     if entropy:

@@ -1,6 +1,7 @@
 """A training batch: `[clean tokens | noisy copies of the blocks that hold response tokens]`, and its other versions."""
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -57,9 +58,10 @@ class TrainingBatch:
     def layout(self) -> Layout:
         return Layout(self.document, self.copy, self.position, self.block_size, self.group)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        """How many there are, padding not counted."""
+        """How many there are, padding not counted; asked several times in a step, and each time a GPU would be waited
+        for."""
         return int((self.document != PADDING).sum())
 
     def attention_mask(self, implementation: str):

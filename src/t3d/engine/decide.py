@@ -8,6 +8,7 @@ from t3d.decoding.flight import Row
 from t3d.decoding.laws import Lawful, lawful
 from t3d.decoding.policy import ENTROPY, FILLED, SHADOW, STOP, UNIFORM, Knobs, Policy, View, step_quota
 from t3d.decoding.sampling import sample, uniform
+from t3d.engine.attention import to_device
 from t3d.engine.request import Sequence
 from t3d.errors import T3DError
 
@@ -24,7 +25,7 @@ class Logits:
         n = len(self.values)
         if len(index) == n and (index == np.arange(n)).all():
             return self.values
-        return self.values[torch.from_numpy(index).to(self.values.device)]
+        return self.values[to_device(index, self.values.device)]
 
 
 def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Sequence, T3DError]]:

@@ -67,6 +67,10 @@ class PagedFlex:
 
     def __init__(self, cache: KVCache, plan: dict[str, Tensor], groups: int, steady: bool = False):
         self.cache, self.grouped, self.steady = cache, groups > 1, steady
+        # PyTorch's kernel for fewer than 128 queries takes all of them with all heads of a group at once, and has no
+        # form for more than a tile of these; nor is it made for many
+        many = len(plan["query_of"]) * groups > _TILE // 2
+        self.options = {"FORCE_USE_FLEX_ATTENTION": True} if many else None
         size, first, query_of = cache.page_size, plan["first"], plan["query_of"]
         one, last = plan["holders"]
         low, start, end, hole = plan["sight"]
@@ -91,7 +95,8 @@ class PagedFlex:
         """q: (tokens, heads, head_dim), packed in order of the queries; the same shape. The keys are in the cache."""
         kv = self.cache.data[layer][: self.keys].permute(1, 2, 0, 3)[:, None]  # (2, 1, kv_heads, keys, head_dim)
         attend = _compiled(self.steady) if q.is_cuda else flex_attention
-        out = attend(q.transpose(0, 1)[None], kv[0], kv[1], block_mask=self.mask, enable_gqa=self.grouped)
+        settings = {"block_mask": self.mask, "enable_gqa": self.grouped, "kernel_options": self.options}
+        out = attend(q.transpose(0, 1)[None], kv[0], kv[1], **settings)
         return out[0].transpose(0, 1)
 
 
@@ -109,4 +114,6 @@ class FlexAttention(PagedFlex):
 @cached
 def _compiled(steady: bool):
     """The kernel for few shapes that come again and again, each compiled for itself, or for any shape."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)  # beyond which it raises: more than there are shapes
     return torch.compile(flex_attention, fullgraph=True, dynamic=not steady)

@@ -34,6 +34,8 @@ class StepGraphs:
     def __init__(self, runner, cache: KVCache):
         self.runner, self.cache = runner, cache
         self.steps: dict[tuple[int, int], _Step] = {}
+        # one pool of memory for all graphs: of two, only the last that was replayed has logits that are still wanted
+        self.pool = torch.cuda.graph_pool_handle() if cache.data.is_cuda else None
 
     def __call__(self, queries: list[Query], packed: np.ndarray, select: np.ndarray) -> Tensor:
         """Logits float32 (len(select), vocab); packed: int64 (3, tokens) ids, positions and slots of the queries."""
@@ -45,7 +47,7 @@ class StepGraphs:
         inputs["select"] = np.zeros(wanted, dtype=np.int64)
         inputs["select"][: len(select)] = select
         if (tokens, wanted) not in self.steps:
-            self.steps[tokens, wanted] = _Step(inputs, self._forward, self.cache.data.device)
+            self.steps[tokens, wanted] = _Step(inputs, self._forward, self.cache.data.device, self.pool)
         return self.steps[tokens, wanted](inputs)[: len(select)]
 
     def _forward(self, x: dict[str, Tensor]) -> Tensor:
@@ -56,7 +58,7 @@ class StepGraphs:
 class _Step:
     """One shape: inputs at fixed addresses, filled by one copy, and what is computed from them."""
 
-    def __init__(self, inputs: dict[str, np.ndarray], forward: Callable[[dict[str, Tensor]], Tensor], device):
+    def __init__(self, inputs: dict[str, np.ndarray], forward: Callable[[dict[str, Tensor]], Tensor], device, pool):
         size = sum(array.size for array in inputs.values())
         self.host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.static = torch.empty(size, dtype=torch.int64, device=device)
@@ -74,7 +76,7 @@ class _Step:
                 forward(views)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.logits = forward(views)
 
     def _fill(self, inputs: dict[str, np.ndarray]) -> None:
