@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from t3d.config import load_recipe
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.lora import plain
-from t3d.distill.meter import _peak_memory, _peak_operations
+from t3d.distill.meter import _peak_memory
 from t3d.models import SDARConfig, SDARForCausalLM
 from t3d.pipeline.inputs import Inputs
 from t3d.plan import longest_prompt, plan
@@ -141,14 +141,14 @@ def measure(place: Place, thousands: int, settings: dict) -> dict:
     # the trainer counts a backward as two forwards; of frozen weights there is no gradient, so it is one
     weights = plain(trainer.model).num_parameters(exclude_embeddings=True)
     passed = trainer.state.total_flos / (WARM + STEPS) / (2 * weights)  # tokens through any model
-    peak = _peak_operations()
+    peak = trainer.meter.peak
     return {
         "tokens": tokens,
         "tokens_per_second": tokens / step,
         "step_seconds": step,
         "first_step_seconds": seconds[0],
         "mfu": peak and 2 * layers * (passed - tokens * lora) / step / peak,
-        "peak_gb": _peak_memory() / 1e9,
+        "peak_gb": _peak_memory(trainer.args.device) / 1e9,
         "plan_gb": planned / 1e9,
         "finite": all(math.isfinite(log["loss"]) for log in logs),
     }
