@@ -11,12 +11,13 @@ cd "$(dirname "$0")/../.."
 folder=${1:-build/wheels}
 most=$((64 * 1024 * 1024))
 
-# omegaconf (its parser needs no runtime package any more) and math-verify with what it needs; pydantic with what it
-# needs beyond typing-extensions, its core in the one version that it takes.
+# omegaconf (its parser needs no runtime package any more), math-verify, and pydantic with what they need. The image has
+# typing-extensions, but perhaps not as new as pydantic's core asks for. bitsandbytes is for training in 4 bits.
 packages=(
     omegaconf==2.4.0
     math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2
     pydantic==2.14.3 pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5
+    typing-extensions==4.16.0
     bitsandbytes==0.50.2
 )
 platforms=()
