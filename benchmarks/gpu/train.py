@@ -131,6 +131,7 @@ def measure(place: Place, thousands: int, settings: dict) -> dict:
     lora = "lora_rank" in settings
     model = random_model(place, torch.bfloat16 if lora else torch.float32)
     layers = sum(p.numel() for p in model.model.layers.parameters())
+    place.clean()  # it was made in float32
     data, count = rows(place, thousands, model.config.vocab_size)
     settings["per_device_train_batch_size"] = count
     with tempfile.TemporaryDirectory() as folder:
