@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import t3d
+from t3d.disk import write_whole
 
 Cells = dict[str, Callable[[], dict]]
 LOST = "the process ended in this cell"
@@ -72,10 +73,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.found, indent=1) + "\n")
-        os.replace(beside, self.path)
+        write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
 
     def left(self, cells: Cells) -> Iterator[str]:
         """What has no result: first what was never tried, then what failed in an earlier call."""

@@ -33,10 +33,15 @@ def read(folder: Path, phase: str) -> dict:
 def page(found: dict[str, dict]) -> str:
     """The tables, from the files of the phases by name."""
     parts = [provenance(found)]
-    parts += ["**Correct.**", *correctness(found["correct"]["cells"])]
-    parts += ["**Decoding.** Tokens per second in steady decoding, prompts of 256 tokens, 256 new ones, bf16."]
-    parts += [decoding(found["decode"]["cells"]), *profile(found["decode"]["cells"])]
-    parts += ["**Training.** SDAR-1.7B's shape in bf16, one packed row per step.", training(found["train"]["cells"])]
+    heads = {
+        "correct": "**Correct.**",
+        "decode": "**Decoding.** Tokens per second in steady decoding, prompts of 256 tokens, 256 new ones, bf16.",
+        "train": "**Training.** SDAR-1.7B's shape in bf16, one packed row per step.",
+    }
+    tables = {"correct": correctness, "decode": lambda cells: [decoding(cells), *profile(cells)], "train": training}
+    for phase, head in heads.items():
+        if cells := found[phase]["cells"]:  # else the list above has said it
+            parts += [head, *tables[phase](cells)]
     return "\n\n".join(parts)
 
 
@@ -128,7 +133,7 @@ def profile(cells: dict) -> list[str]:
     return [f"The cell furthest from its bound, {worst}:", table(["kernel", "per step", "ms per step"], rows)]
 
 
-def training(cells: dict) -> str:
+def training(cells: dict) -> list[str]:
     rows = [
         [
             name,
@@ -140,7 +145,7 @@ def training(cells: dict) -> str:
         ]
         for name in train.CASES
     ]
-    return table(["row", "tokens/s", "MFU", "seconds per step", "peak, GB", "`t3d plan`, GB"], rows)
+    return [table(["row", "tokens/s", "MFU", "seconds per step", "peak, GB", "`t3d plan`, GB"], rows)]
 
 
 def said(cells: dict, name: str, text) -> str:

@@ -46,8 +46,9 @@ def main() -> None:
 def run_children(phase: str, folder: Path, call: float, until: float, rehearse: bool) -> None:
     """The phase in a process of its own; in another one if that dies of a cell, which is then left out."""
     command = [sys.executable, "-u", __file__, phase, "--json", str(folder), "--call", str(call), "--until", str(until)]
+    path = folder / f"{phase}.json"
     while time.time() < until:
-        before = (folder / f"{phase}.json").read_bytes() if (folder / f"{phase}.json").exists() else b""
+        before = path.read_bytes() if path.exists() else b""
         try:
             code = subprocess.run(
                 [*command, "--rehearse"] if rehearse else command, timeout=until + GRACE - time.time()
@@ -57,7 +58,7 @@ def run_children(phase: str, folder: Path, call: float, until: float, rehearse: 
             return
         if code == 0:
             return
-        if not (folder / f"{phase}.json").exists() or (folder / f"{phase}.json").read_bytes() == before:
+        if not path.exists() or path.read_bytes() == before:
             raise SystemExit(f"{phase} cannot begin (exit status {code})")
 
 

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from t3d.config import load_recipe
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.lora import plain
-from t3d.distill.meter import _peak_memory
+from t3d.distill.meter import peak_memory
 from t3d.models import SDARConfig, SDARForCausalLM
 from t3d.pipeline.inputs import Inputs
 from t3d.plan import longest_prompt, plan
@@ -149,7 +149,7 @@ def measure(place: Place, thousands: int, settings: dict) -> dict:
         "step_seconds": step,
         "first_step_seconds": seconds[0],
         "mfu": peak and 2 * layers * (passed - tokens * lora) / step / peak,
-        "peak_gb": _peak_memory(trainer.args.device) / 1e9,
+        "peak_gb": peak_memory(trainer.args.device) / 1e9,
         "plan_gb": planned / 1e9,
         "finite": all(math.isfinite(log["loss"]) for log in logs),
     }

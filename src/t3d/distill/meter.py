@@ -132,7 +132,7 @@ class Meter:
         """The means over all processes since the last time; every process must call it."""
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         self.add("tokens_per_second", self._tokens / seconds * self._accelerator.num_processes)
-        self.add("memory_gb", _peak_memory(self._accelerator.device) / 1e9)
+        self.add("memory_gb", peak_memory(self._accelerator.device) / 1e9)
         if self.peak:
             self.add("mfu", utilisation(self._operations, seconds, self.peak))
         self._tokens, self._operations = 0, 0.0
@@ -158,7 +158,7 @@ def _sum(values: list[Tensor | float]) -> float:
     return sum(numbers) + (float(torch.stack(tensors).sum()) if tensors else 0.0)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: the most allocated so far on this process's GPU, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

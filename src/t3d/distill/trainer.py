@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from t3d.distill.answer_groups import OwnGroups
 from t3d.distill.batch import TrainingBatch, collate, with_answers
+from t3d.distill.callbacks import Evaluate, LogLast, Rounds
 from t3d.distill.config import T3DConfig
 from t3d.distill.contexts import own_contexts, turns, with_drafts
 from t3d.distill.critic import Critic
@@ -129,7 +130,7 @@ class T3DTrainer(Trainer):
         self.reference: Reference | None = None
         if self.objective.needs_reference:
             self.reference = self._make_reference(reference)
-            self.add_callback(_Rounds(self))
+            self.add_callback(Rounds(self))
         self.critic: Critic | None = None
         if self.objective.needs_critic:
             rate = self.objective.fake_learning_rate or args.learning_rate
@@ -140,11 +141,11 @@ class T3DTrainer(Trainer):
         if args.eval_every:
             if held_out is None:
                 raise T3DError("train.eval_every needs held-out problems: give T3DTrainer `held_out`")
-            self.add_callback(_Evaluate())
-        self.add_callback(_LogLast())
+            self.add_callback(Evaluate())
+        self.add_callback(LogLast())
         self.meter = Meter(self.accelerator, self._peak())
         self._decoder: nn.Module | None = None
-        self._resumed: str | None = None
+        self.resumed: str | None = None
 
     def floating_point_ops(self, inputs) -> float:
         """Of the last micro-batch, `total_flos` of the state adds them up: 2 per weight and token, the reference's and
@@ -189,10 +190,10 @@ class T3DTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._resumed = resume_from_checkpoint or None
-        if self.critic is not None and self._resumed:
-            self.critic.load(Path(self._resumed))
-        with self._groups.of(self._resumed) if self._groups is not None else nullcontext():
+        self.resumed = resume_from_checkpoint or None
+        if self.critic is not None and self.resumed:
+            self.critic.load(Path(self.resumed))
+        with self._groups.of(self.resumed) if self._groups is not None else nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
@@ -369,36 +370,3 @@ class T3DTrainer(Trainer):
         student = whole_student(self.model_wrapped, self.sharding, main, dtype, base, adapter)
         if student is not None:
             save_model(student, folder, self.processing_class)
-
-
-class _Rounds(TrainerCallback):
-    """A round ends every `round_interval` optimizer steps: the reference becomes the student, or moves towards it."""
-
-    def __init__(self, trainer: T3DTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer._resumed:
-            self.trainer.reference.load(Path(self.trainer._resumed))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        objective = self.trainer.objective
-        if objective.round_interval and state.global_step % objective.round_interval == 0:
-            self.trainer.reference.refresh(self.trainer.model_wrapped, objective.reference_ema)
-
-
-class _LogLast(TrainerCallback):
-    """Logs the last steps too, however few: else a short run would say nothing of its loss and its speed."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= args.logging_strategy == "steps" and state.global_step >= state.max_steps
-
-
-class _Evaluate(TrainerCallback):
-    """Evaluates every `eval_every` optimizer steps, and saves what was evaluated, so that the best one is there."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate = state.global_step % args.eval_every == 0 or state.global_step >= state.max_steps
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        control.should_save = True
