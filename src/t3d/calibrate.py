@@ -52,7 +52,7 @@ def calibrate_setting(
     path = checkpoint(name or Path(recipe.run_dir) / "student")
     model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
     config = DecodingConfig(strategy=strategy, max_tokens=recipe.eval.max_tokens, seed=recipe.seed)
-    problems = inputs.usable(problems, inputs.eval_task, model.config, [config], split)
+    problems = inputs.usable(problems, inputs.eval_task, [config], split, model.config)
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [config])
 
@@ -120,7 +120,7 @@ def calibrate_promise(
         grid = candidates(base, strategies, blocks)
     if not grid:
         raise T3DError("nothing to choose: the only setting is the reference; add to eval.grid, or a --strategy")
-    problems = inputs.usable(problems, task, model.config, [reference, *grid], split)
+    problems = inputs.usable(problems, task, [reference, *grid], split, model.config)
     _check_enough(len(problems), len(grid), alpha, delta)
     prompts = [task.prompt(problem, tokenizer) for problem in problems]
     check_prompts(recipe, model, tokenizer, prompts, [problem.id for problem in problems], [reference, *grid])

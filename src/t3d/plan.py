@@ -14,12 +14,11 @@ from transformers import PretrainedConfig
 from t3d.config import Recipe
 from t3d.distill.logprobs import CHUNK
 from t3d.distill.lora import add_adapter
-from t3d.embedded import checkpoint
 from t3d.engine.kv_cache import cache_shape
 from t3d.errors import T3DError, nearest
 from t3d.models import FAMILIES
-from t3d.models.files import local_folder
-from t3d.pipeline.inputs import Inputs, new_config
+from t3d.models.files import first_line
+from t3d.pipeline.inputs import Inputs
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PROMPTS_READ = 512  # training prompts whose lengths are looked at
@@ -64,24 +63,14 @@ def sizes(inputs: Inputs, arguments) -> Sizes:
 
 def meta_model(inputs: Inputs) -> nn.Module:
     """The model of the recipe, without its weights."""
-    wanted = inputs.recipe.model
-    if wanted.architecture is not None:
-        where, config = "model.architecture", new_config(wanted.architecture, inputs.tokenizer)
-        family = FAMILIES[config.model_type]
-    else:
-        folder = local_folder(checkpoint(wanted.path))
-        settings, _ = PretrainedConfig.get_config_dict(str(folder))
-        family = FAMILIES.get(settings.get("model_type"))
-        if family is None:
-            kind = settings.get("model_type")
-            raise T3DError(f"model type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
-        where, config = f"{folder}/config.json", None
+    config = inputs.config
     try:
-        config = config or family.config_class.from_pretrained(str(folder))
         with torch.device("meta"):
-            return family(config)
-    except Exception as error:  # transformers checks the values in many ways, some only when layers are made of them
-        raise T3DError(f"{where}: no model can be made of it: {' '.join(str(error).split())}") from error
+            return FAMILIES[config.model_type](config)
+    except Exception as error:  # transformers checks some values only when layers are made of them
+        wanted = inputs.recipe.model
+        where = "model.architecture" if wanted.architecture is not None else f"{wanted.path}/config.json"
+        raise T3DError(f"{where}: no model can be made of it: {first_line(error)}") from error
 
 
 def activation_bytes(config, tokens: int, autocast: bool) -> float:

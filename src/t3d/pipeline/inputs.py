@@ -15,6 +15,7 @@ from t3d.engine.ray_engine import find_ray
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import FAMILIES, load_model, load_tokenizer
+from t3d.models.files import first_line, local_folder
 from t3d.tasks import Problem, Task, get_task
 from t3d.tasks.base import DROP
 
@@ -62,15 +63,18 @@ class Inputs:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The teacher's configuration, without its weights."""
+        """The teacher's configuration, without its weights. Raises T3DError if no model can be made of it."""
         wanted = self.recipe.model
         if wanted.architecture is not None:
             return new_config(wanted.architecture, self.tokenizer)
-        folder = str(checkpoint(wanted.path))
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+        folder = local_folder(checkpoint(wanted.path))
+        kind = PretrainedConfig.get_config_dict(str(folder))[0].get("model_type")
         if kind not in FAMILIES:
-            return self.teacher[0].config  # says what it is
-        return FAMILIES[kind].config_class.from_pretrained(folder)
+            raise T3DError(f"model type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+        try:
+            return FAMILIES[kind].config_class.from_pretrained(str(folder))
+        except Exception as error:  # transformers checks the values in many ways
+            raise T3DError(f"{folder}/config.json: no model can be made of it: {first_line(error)}") from error
 
     @cached_property
     def saved_dtype(self) -> str:
@@ -94,7 +98,7 @@ class Inputs:
         if self.recipe.rollout.source is not None or OBJECTIVES[self.recipe.objective].source != ROLLOUTS:
             return found  # nothing is decoded
         decoding = self.task.guided(self.recipe.rollout.decoding(self.recipe.seed), self.tokenizer)
-        return self.usable(found, self.task, self.config, [decoding], "training")
+        return self.usable(found, self.task, [decoding], "training")
 
     @cached_property
     def train_prompts(self) -> list[list[int]]:
@@ -104,17 +108,23 @@ class Inputs:
     def eval_problems(self) -> list[Problem]:
         found = _some(self.eval_task.problems(self.recipe.eval.split, self.recipe.task.num_eval), "evaluation")
         settings = [self.eval_task.guided(c, self.tokenizer) for c in self.recipe.eval.settings(self.recipe.seed)]
-        return self.usable(found, self.eval_task, self.config, settings, "evaluation")
+        return self.usable(found, self.eval_task, settings, "evaluation")
 
     def usable(
-        self, problems: list[Problem], task: Task, config: PretrainedConfig, settings: list[DecodingConfig], what: str
+        self,
+        problems: list[Problem],
+        task: Task,
+        settings: list[DecodingConfig],
+        what: str,
+        config: PretrainedConfig | None = None,
     ) -> list[Problem]:
-        """The problems; with `task.bad_prompts=drop` those whose prompts a model of this configuration can decode at
-        all of these settings. The log names the others, `dropped` counts them."""
+        """The problems; with `task.bad_prompts=drop` those whose prompts a model of this configuration (the teacher's)
+        can decode at all of these settings. The log names the others, `dropped` counts them."""
         if self.recipe.task.bad_prompts != DROP:
             return problems
         names = [problem.id for problem in problems]
-        bad = faults([task.prompt(p, self.tokenizer) for p in problems], settings, names, config, self.tokenizer)
+        prompts = [task.prompt(problem, self.tokenizer) for problem in problems]
+        bad = faults(prompts, settings, names, config or self.config, self.tokenizer)
         if not bad:
             return problems
         if len(bad) == len(problems):

@@ -176,7 +176,7 @@ def held_out(recipe: Recipe, inputs: Inputs, arguments, tokenizer) -> HeldOut:
     task = get_task(recipe.task, evaluation=arguments.eval_split != "train")
     decoding = DecodingConfig(max_tokens=recipe.eval.max_tokens)
     problems = task.problems(arguments.eval_split, arguments.eval_problems)
-    problems = inputs.usable(problems, task, inputs.config, [decoding], "held-out")
+    problems = inputs.usable(problems, task, [decoding], "held-out")
     steps, most = arguments.eval_block_steps, recipe.eval.max_tokens
     return HeldOut(task, problems, tokenizer, steps, most, recipe.engine.local)
 
