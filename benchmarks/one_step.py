@@ -21,6 +21,7 @@ from t3d.blocks import block_causal_mask, block_end, block_start
 from t3d.decoding import DecodingConfig
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
+from t3d.errors import T3DError
 from t3d.models import load_model
 from t3d.models.load import stop_ids
 from t3d.tasks import TaskConfig, get_task
@@ -61,8 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
 
-    student, tokenizer = load_model(args.student)
-    teacher, _ = load_model(args.teacher)
+    try:
+        student, tokenizer = load_model(args.student)
+        teacher, _ = load_model(args.teacher)
+    except T3DError as error:
+        parser.error(str(error))
     size = student.config.block_size
     task = get_task(TaskConfig(name="word_problems", data_seed=args.seed))
     problems = task.problems("dev", args.problems)
