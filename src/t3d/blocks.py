@@ -1,9 +1,11 @@
 """The block layout: who is in which block, and who sees whom, in training and in the decoder's cache.
 
-Blocks are counted from absolute position 0 of prompt plus response, so a prompt's tail shares the first generated
-block. A training row holds, for each document, its clean tokens and any number of noisy copies of the blocks that
-hold response tokens; a decoder's row is the case without noisy copies. Consecutive blocks of a noisy copy may be noisy
-together, as several blocks in flight are: such a group sees what is clean before it, and itself from left to right.
+Blocks are counted from position 0. A prompt begins there, so its tail shares the first generated block; or, where a
+family anchors blocks at the response, at its `origin`, so that it ends with a block. In a model of full attention every
+token sees every other, and blocks say only what is decided before what. A training row holds, for each document, its
+clean tokens and any number of noisy copies of the blocks that hold response tokens; a decoder's row is the case without
+noisy copies. Consecutive blocks of a noisy copy may be noisy together, as several blocks in flight are: such a group
+sees what is clean before it, and itself from left to right.
 """
 
 from collections.abc import Callable
@@ -21,9 +23,22 @@ CLEAN = 0  # the copy number of clean tokens; noisy copies count from 1
 PADDING = -1  # the document number of padding
 
 
-def block_ids(positions, block_size: int):
-    """Block of each absolute position (tensor, array or int), counted from position 0."""
-    return positions // block_size
+def block_ids(positions, block_size: int | None):
+    """Block of each absolute position (tensor, array or int), counted from position 0; None: all are in one."""
+    return positions * 0 if block_size is None else positions // block_size
+
+
+def origin(prompt: int, block_size: int, anchored: bool) -> int:
+    """Position of the first of `prompt` tokens: 0, or, where blocks are anchored at the response, the least at which
+    the response begins a block. Rotary attention sees distances only, so nothing else depends on it."""
+    return -prompt % block_size if anchored else 0
+
+
+def geometry(model_config) -> dict[str, bool]:
+    """What a model's family says of blocks. anchored: they are counted from the response's first token, see `origin`.
+    full: every token sees every other; then they are anchored, too."""
+    full = getattr(model_config, "attention", "block") == "full"
+    return {"anchored": full or getattr(model_config, "anchor", "start") == "prompt", "full": full}
 
 
 def block_start(position, block_size: int):
@@ -102,12 +117,13 @@ class Layout:
     copy: `CLEAN`, or the number of the noisy copy.
     position: absolute position in its document; a noisy token has its original's.
     group: the first of the blocks that are noisy together with its own; None: each is noisy alone.
+    block_size: None: full attention, a copy sees all of itself.
     """
 
     document: Tensor
     copy: Tensor
     position: Tensor
-    block_size: int
+    block_size: int | None
     group: Tensor | None = None
 
     def __post_init__(self):

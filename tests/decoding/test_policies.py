@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
 from t3d.decoding.laws import lawful
-from t3d.decoding.policy import POLICIES, Knobs, View, step_quota
+from t3d.decoding.policy import POLICIES, SCHEDULES, Knobs, View, step_quotas
 from t3d.errors import T3DError
 
 MASK = 99
@@ -143,12 +143,31 @@ def test_rows_that_need_not_advance_are_not_forced():
 
 
 @given(block=st.integers(1, 40), data=st.data())
-def test_quotas_sum_to_the_block(block, data):
+def test_the_even_schedule_is_even(block, data):
     steps = data.draw(st.integers(1, block))
-    quotas = [step_quota(block, steps, s) for s in range(steps)]
+    quotas = step_quotas("even", block, data.draw(st.integers(1, block)), steps)
     assert sum(quotas) == block
+    assert len(quotas) == steps
     assert max(quotas) - min(quotas) <= 1
-    assert quotas == sorted(quotas, reverse=True)
+    assert list(quotas) == sorted(quotas, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"even"}))
+@given(masks=st.integers(1, 600), steps=st.integers(1, 600))
+def test_other_schedules_commit_every_mask_in_no_more_steps(schedule, masks, steps):
+    quotas = step_quotas(schedule, 1024, masks, steps)
+    assert sum(quotas) == masks
+    assert len(quotas) <= steps
+    assert min(quotas) > 0
+
+
+def test_schedules_are_the_published_ones():
+    assert step_quotas("rounded", 32, 32, 12) == (3, 3, 3, 3, 3, 2, 3, 2, 3, 2, 3, 2)
+    masks, expected, t = 37, [], torch.linspace(1, 1e-3, 12)  # Dream's loop
+    for i in range(11):
+        expected.append(int(masks * (1 - t[i + 1] / t[i])) if i < 10 else masks)
+        masks -= expected[-1]
+    assert step_quotas("truncated", 37, 37, 11) == tuple(k for k in expected if k)
 
 
 def test_unknown_strategy_names_the_nearest():

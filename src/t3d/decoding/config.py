@@ -10,7 +10,7 @@ import yaml
 from t3d.components import check_name, check_value, load_all, merged, owners, setting
 from t3d.decoding import flights, policies
 from t3d.decoding.flight import FLIGHTS, Flight
-from t3d.decoding.policy import POLICIES, Policy
+from t3d.decoding.policy import POLICIES, SCHEDULES, Policy
 from t3d.errors import T3DError, nearest
 from t3d.typed import taken
 
@@ -28,6 +28,7 @@ class _General:
 
     block_size: int | None = setting(None, "tokens per block; default: the model's own", low=1)
     steps: int | None = setting(None, "denoising steps per block, 1..block_size; default: block_size", low=1)
+    schedule: str = setting("even", "how a block's tokens are spread over its steps", choices=tuple(SCHEDULES))
     window: int | None = setting(
         None, "commit in pieces of this many tokens, from left to right in the block; default: the whole block", low=1
     )
@@ -81,10 +82,10 @@ class _General:
         self.flying.check(self.policy, self)
 
     def at(self, block_size: int | None) -> "DecodingConfig":
-        """These settings with block size and steps filled in, for a model of this block size. Raises T3DError."""
-        block = self.block_size or block_size
-        if block is None:
-            raise T3DError("the model's config has no block_size; set it in the decoding settings")
+        """These settings with block size and steps filled in, for a model of this block size (None: a whole response).
+
+        Raises T3DError."""
+        block = self.block_size or block_size or self.max_tokens
         steps = self.steps or block
         if steps > block:
             raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
@@ -95,7 +96,7 @@ class _General:
         used = {f.name for f in fields(self.policy)} | self.flying.used
         unused = {name: f.default for name, f in OWNED.items() if name not in used}
         if not self.policy.uses_steps:
-            unused["steps"] = self.block_size
+            unused |= {"steps": self.block_size, "schedule": "even"}
         return replace(self, **unused)
 
     @classmethod

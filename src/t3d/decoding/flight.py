@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from t3d.blocks import Rule
+from t3d.decoding.policy import step_quotas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,12 @@ class Block:
         arrays = (self.tokens, self.fixed, self.step_map, self.confidence, self.revisions)
         memory = {name: value.clone() for name, value in self.memory.items()}
         return Block(self.start, self.mask_id, *(a.copy() for a in arrays), self.step, self.changed, memory)
+
+    def quota(self, config, step: int | None = None) -> int:
+        """k_s: how many masks the schedule commits at a step, by default the next one."""
+        masks = len(self.fixed) - int(self.fixed.sum())
+        quotas = step_quotas(config.schedule, len(self.fixed), masks, config.steps)
+        return quotas[min(self.step if step is None else step, len(quotas) - 1)]
 
     def same(self, other: "Block") -> bool:
         """Whether both are in the same state, as far as a forward can see."""
@@ -97,6 +104,7 @@ class Flight:
 
     name: ClassVar[str]
     verifies: ClassVar[bool] = False  # it asks masks behind a draft what each predicts in its own place
+    full_attention: ClassVar[bool] = False  # it works where every token sees every other
     causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 
     @property

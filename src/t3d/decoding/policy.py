@@ -8,8 +8,11 @@ Adding one is a file in `policies/`, or a module that an installed package names
 from collections.abc import Callable
 from copy import copy
 from dataclasses import Field, dataclass, fields
+from functools import cache as cached
+from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,9 +166,42 @@ def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
     return add
 
 
-def step_quota(block_size: int, steps: int, step: int) -> int:
-    """k_s: tokens to commit at a step, `block_size // steps` and one more for the first `block_size % steps` steps."""
-    return block_size // steps + (step < block_size % steps)
+def _even(size: int, masks: int, steps: int) -> list[int]:
+    """`size // steps` and one more for the first `size % steps` steps (SDAR, LLaDA)."""
+    return [size // steps + (step < size % steps) for step in range(steps)]
+
+
+def _rounded(size: int, masks: int, steps: int) -> list[int]:
+    """The share of the masks that a linear noise level falls by, rounded to even (dllm)."""
+    level = np.arange(steps, -1, -1, dtype=np.float32) / np.float32(steps)
+    return _falling(masks, level, np.rint)
+
+
+def _truncated(size: int, masks: int, steps: int) -> list[int]:
+    """The same, cut to whole tokens, from noise level 1 to 0.001; the last step takes what is left (Dream)."""
+    level = torch.linspace(1, 1e-3, steps + 1).numpy()
+    level[-1] = 0
+    return _falling(masks, level, np.trunc)
+
+
+def _falling(masks: int, level: np.ndarray, whole: Callable) -> list[int]:
+    found = []
+    for now, then in pairwise(level):
+        found.append(min(masks, int(whole(masks * (np.float32(1) - then / now)))))
+        masks -= found[-1]
+    return found
+
+
+SCHEDULES = {"even": _even, "rounded": _rounded, "truncated": _truncated}
+
+
+@cached
+def step_quotas(schedule: str, size: int, masks: int, steps: int) -> tuple[int, ...]:
+    """k_s: tokens to commit at each step of a block of `size` tokens that begins with `masks` masks.
+
+    Steps that would commit nothing are left out: a forward that changes nothing tells nothing new.
+    """
+    return tuple(k for k in SCHEDULES[schedule](size, masks, steps) if k)
 
 
 def rank(score: Tensor) -> Tensor:

@@ -50,13 +50,15 @@ class TrainingBatch:
     old_logp: Tensor = _each()
     item: Tensor
     block_size: int
+    full: bool = False  # attention, see `t3d.blocks.geometry`
     prompt: Tensor | None = None
     answered: Tensor | None = None
     _masks: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.document, self.copy, self.position, self.block_size, self.group)
+        size = None if self.full else self.block_size
+        return Layout(self.document, self.copy, self.position, size, self.group)
 
     @cached_property
     def tokens(self) -> int:
@@ -79,11 +81,16 @@ GRID = ("input_ids", "document", "copy", "position", "group")  # `(rows, length)
 FILL = {"document": PADDING, "copy": CLEAN, "position": 0, "group": 0}  # where a row has no token
 
 
-def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int, pack_length: int = 0) -> dict:
+def collate(
+    examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int | None, pack_length: int = 0, full: bool = False
+) -> dict:
     """Put examples into rows of up to `pack_length` tokens (0: as many as the longest has): a batch's fields.
 
     An example is never split: one that is longer has a row of its own. Document numbers are places in `examples`.
+    block_size: with full attention the largest of the examples', since it may be any.
     """
+    if full:
+        block_size = max(example["block_size"] for example in examples)
     rows: list[list[int]] = []
     room: list[int] = []
     sizes = [len(example["input_ids"]) for example in examples]
@@ -127,7 +134,7 @@ def collate(examples: list[dict[str, np.ndarray]], pad_id: int, block_size: int,
         prompts = [torch.from_numpy(example["answered"]) for example in examples]
         tensors["answered"] = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1)
         tensors["prompt"] = torch.tensor([example["prompt"] for example in examples])
-    return tensors | {"block_size": block_size}
+    return tensors | {"block_size": block_size, "full": full}
 
 
 def restate(batch: TrainingBatch, versions: list[Tensor], ask: Tensor) -> TrainingBatch:

@@ -45,12 +45,14 @@ def own_answers(
     given = [dataset.trajectory(item) for item in items]
     decoding = replace(decoding, max_tokens=max(len(trajectory.response_ids) for trajectory in given))
     answers = engine.generate([trajectory.prompt_ids for trajectory in given], decoding, seeds=seeds)
-    blocks = sum(answer.nfe.predicting + answer.nfe.commit for answer in answers)
+    forwards = [answer.nfe.predicting + answer.nfe.commit for answer in answers]
     answers = [
         replace(answer, prompt_id=t.prompt_id, question=t.question, answer=t.answer)
         for answer, t in zip(answers, given, strict=True)
     ]
-    return answers, sum(len(answer.prompt_ids) for answer in answers) + blocks * dataset.block_size
+    if dataset.full:  # the whole text every time
+        return answers, sum(n * (len(a.prompt_ids) + a.canvas) for n, a in zip(forwards, answers, strict=True))
+    return answers, sum(len(answer.prompt_ids) for answer in answers) + sum(forwards) * dataset.block_size
 
 
 def with_drafts(batch: TrainingBatch, drafts: Tensor) -> TrainingBatch:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from t3d.blocks import CLEAN, block_ids
+from t3d.blocks import CLEAN, block_ids, block_start
 from t3d.distill.config import T3DConfig
 from t3d.distill.sampler import Draw
 from t3d.distill.states import Response, commit_rank, draw_groups, replace_with_random, step_index
@@ -20,22 +20,28 @@ class StateDataset(Dataset):
 
     A plain index asks for the state of the current epoch, at the end of training.
     answer_prompts: gives the prompt of a trajectory as a reference sees it that is shown the answer.
+    anchored, full: the model's, see `t3d.blocks.geometry`; with full attention trajectories say how large blocks are.
     """
 
     def __init__(
         self,
         trajectories: Sequence[Trajectory],
         config: T3DConfig,
-        block_size: int,
+        block_size: int | None,
         mask_id: int,
         vocabulary: int,
         answer_prompts: Callable[[Trajectory], list[int]] | None = None,
+        anchored: bool = False,
+        full: bool = False,
     ):
         self.trajectories, self.config = trajectories, config
         self.block_size, self.mask_id, self.vocabulary = block_size, mask_id, vocabulary
+        self.anchored, self.full = anchored, full
         self.objective = config.method
         self.answer_prompts = answer_prompts
         self.kept, self.dropped = self._filter()
+        if full:
+            self.block_size = trajectories[self.kept[0]].block_size
         self.trajectory(0)  # a wrong block size shows before anything is computed
         self.epoch = 0
 
@@ -71,7 +77,12 @@ class StateDataset(Dataset):
 
     def trajectory(self, item: int) -> Trajectory:
         trajectory = self.trajectories[self.kept[item]]
-        if trajectory.block_size != self.block_size:
+        if trajectory.anchored != self.anchored or (trajectory.canvas > 0) != self.full:
+            raise T3DError(
+                f"trajectory {trajectory.prompt_id!r} was decoded by a model of another family, whose blocks begin "
+                "elsewhere or see more; roll out again with this one"
+            )
+        if trajectory.block_size != self.block_size and not self.full:
             raise T3DError(
                 f"trajectory {trajectory.prompt_id!r} was decoded at block size {trajectory.block_size}, "
                 f"but the model's is {self.block_size}; roll out again at {self.block_size}"
@@ -92,23 +103,29 @@ class StateDataset(Dataset):
     def states(self, trajectory: Trajectory, rng: np.random.Generator, item: int = -1, progress: float = 1.0) -> dict:
         """One row's worth of tokens: the clean trajectory and the objective's noisy states of it.
 
+        With full attention there is nothing clean, since all that is clean sees what is noisy: every state is the whole
+        text as the decoder saw it in one block, drawn at random; what lies behind that is masked.
         progress: share of the training that is done, 0..1, for objectives that grow harder.
         """
         prompt = np.asarray(trajectory.prompt_ids, dtype=np.int64)
         response = np.asarray(trajectory.response_ids, dtype=np.int64)
-        start = len(prompt)
-        first = block_ids(start, self.block_size) * self.block_size  # where the first noisy block begins
+        origin, size = trajectory.origin, trajectory.block_size
+        start = origin + len(prompt)  # positions
+        first = origin if self.full else block_start(start, size)  # where a noisy copy begins
         end = start + len(response)
-        block = block_ids(np.arange(start, end), self.block_size)
+        block = block_ids(np.arange(start, end), size)
         step = np.asarray(trajectory.step_map)
         rank = commit_rank(block, step, np.asarray(trajectory.confidence))
         counted = np.arange(len(response)) < trajectory.length
         supervised_too = counted | self.objective.beyond_length
 
-        clean = np.concatenate([prompt, response])[: max(end - self.block_size, 0)]  # nobody sees a clean last block
-        ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [np.arange(len(clean))]
-        groups = [block_ids(positions[0], self.block_size)]
+        clean = np.concatenate([prompt, response])[: max(end - size - origin, 0)]  # nobody sees a clean last block
+        if self.full:
+            clean = clean[:0]
+        ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [origin + np.arange(len(clean))]
+        groups = [block_ids(positions[0], size)]
         tail = np.full(start - first, block[0] if len(block) else 0)  # the prompt's, in the first noisy block
+        behind = np.full(max(trajectory.canvas - len(response), 0), self.mask_id)
         supervised = []
         weight = self._weights(block, step, rank)
         stop = np.arange(len(response)) == (trajectory.length - 1 if trajectory.finish_reason == "stop" else -1)
@@ -120,7 +137,12 @@ class StateDataset(Dataset):
                 response, state.masked, self.objective.random_ratio, self.vocabulary, self.mask_id, rng
             )
             base = sum(map(len, ids)) + start - first  # where this copy's first response token lies in the row
-            where = np.flatnonzero(state.supervised & supervised_too)
+            learned = state.supervised & supervised_too
+            if self.full:
+                one = rng.choice(np.unique(block[learned])) if learned.any() else block[-1]
+                learned &= block == one
+                noisy = np.where(block < one, response, np.where(block > one, self.mask_id, noisy))
+            where = np.flatnonzero(learned)
             supervised.append(
                 {
                     "select": base + where,
@@ -135,16 +157,17 @@ class StateDataset(Dataset):
                     "supervised_block": block[where],
                 }
             )
-            ids.append(np.concatenate([prompt[first:], noisy]))
-            copies.append(np.full(end - first, copy))
-            positions.append(np.arange(first, end))
-            groups.append(np.concatenate([tail, group]))
+            ids.append(np.concatenate([prompt[first - origin :], noisy, behind]))
+            copies.append(np.full(len(ids[-1]), copy))
+            positions.append(first + np.arange(len(ids[-1])))
+            groups.append(np.zeros(len(ids[-1]), dtype=np.int64) if self.full else np.concatenate([tail, group]))
         seen = {}
         if self.answer_prompts is not None:
             answered = np.asarray(self.answer_prompts(trajectory), dtype=np.int64)
-            seen = {"prompt": start, "answered": answered}
+            seen = {"prompt": len(prompt), "answered": answered}
         return seen | {
             "item": item,
+            "block_size": size,
             "input_ids": np.concatenate(ids),
             "copy": np.concatenate(copies),
             "position": np.concatenate(positions),

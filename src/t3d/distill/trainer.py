@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from t3d.blocks import geometry
 from t3d.distill.answer_groups import OwnGroups
 from t3d.distill.batch import TrainingBatch, collate, with_answers
 from t3d.distill.callbacks import Evaluate, LogLast, Rounds
@@ -79,6 +80,12 @@ class T3DTrainer(Trainer):
                 "`answer_prompts`, or set it to prompt"
             )
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
+        shape = geometry(model.config)
+        if shape["full"] and (self._sees_answers or self.objective.group_size > 1):
+            key = "reference_sees" if self._sees_answers else "group_size"
+            raise T3DError(
+                f"train.{key} does not work where every token sees every other, as in this model; leave it out"
+            )
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
             train_dataset,
@@ -87,6 +94,7 @@ class T3DTrainer(Trainer):
             self.mask_id,
             min(vocabulary, model.config.vocab_size),
             answer_prompts if self._sees_answers else None,
+            **shape,
         )
         pad_id = model.config.pad_token_id if model.config.pad_token_id is not None else 0
         self._values: ReferenceValues | None = None
@@ -110,6 +118,7 @@ class T3DTrainer(Trainer):
                 collate,
                 pad_id=pad_id,
                 block_size=model.config.block_size,
+                full=shape["full"],
                 pack_length=args.pack_length or (sys.maxsize if one_row else 0),
             ),
             processing_class=processing_class,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from t3d.decoding.flight import Row
 from t3d.decoding.laws import Lawful, lawful
-from t3d.decoding.policy import ENTROPY, FILLED, SHADOW, STOP, UNIFORM, Knobs, Policy, View, step_quota
+from t3d.decoding.policy import ENTROPY, FILLED, SHADOW, STOP, UNIFORM, Knobs, Policy, View
 from t3d.decoding.sampling import sample, uniform
 from t3d.engine.attention import to_device
 from t3d.engine.request import Sequence
@@ -118,10 +118,7 @@ class _Batch:
         token, confidence = one_copy[0].long(), one_copy[1].float()
         self._find_failures(confidence, position)
         masked_tensor = torch.from_numpy(masked)
-        quota = [
-            min(step_quota(c.block_size, c.steps, b.step), n)
-            for c, b, n in zip(configs, self.blocks, masked.sum(1).tolist(), strict=True)
-        ]
+        quota = [min(b.quota(c), n) for c, b, n in zip(configs, self.blocks, masked.sum(1).tolist(), strict=True)]
         inside = confidence.where(open_, -torch.inf)
         view = View(
             tokens=torch.from_numpy(tokens),

@@ -75,7 +75,7 @@ class Companion:
         """The sequence's, with this prompt in the place of its own; what lies before the origin is left out."""
         mirrored: dict[int, Segment] = {}
         for segment in self.sequence.asked:
-            place = segment.start + self.shift
+            place = segment.start - self.sequence.origin + self.shift
             cut = min(max(0, -place), len(segment))
             place += cut
             ids, want = segment.ids[cut:].copy(), segment.want[cut:]
@@ -95,10 +95,10 @@ class Companion:
 
     def read(self, start: int, end: int) -> np.ndarray:
         n = len(self.prompt)
-        response = self.sequence.tokens[max(start, n) - self.shift : max(end, n) - self.shift]
+        response = self.sequence.read(max(start, n) - self.shift, max(end, n) - self.shift)
         return np.concatenate([self.prompt[start:end], response])
 
     def advance(self, query: Query) -> None:
         if query.counted:
-            self.sequence.count(query, query.start < self.request.prompt_blocks_end + self.shift)
+            self.sequence.count(query, query.start < self.request.prompt_places + self.shift)
         self.cached = query.final

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.policy import SHADOW
 from t3d.decoding.sampling import derive_seed
@@ -37,20 +38,21 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
             else:
                 seed = seeds[index] if sample == 0 else derive_seed(seeds[index], sample)
             name = None if names is None else names[index]
-            requests.append(Request(index, sample, ids, settings, seed, name, negative))
+            requests.append(Request(index, sample, ids, settings, seed, name, negative, **geometry(model.config)))
         _check(requests[-1], model.config)
     return requests
 
 
 def faults(prompts, configs, names, model_config, tokenizer) -> dict[str, str]:
     """Why prompts (token ids) cannot be decoded at one of these settings, by their names; not those that can."""
-    configs = [config.at(getattr(model_config, "block_size", None)) for config in configs]
+    configs = [_at(config, model_config) for config in configs]
     others = [None if c.negative_prompt is None else tuple(_encode(c.negative_prompt, 0, tokenizer)) for c in configs]
     found = {}
     for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
         try:
             for config, negative in zip(configs, others, strict=True):
-                _check(Request(index, 0, tuple(prompt), config, 0, name, negative), model_config)
+                about = (index, 0, tuple(prompt), config, 0, name, negative)
+                _check(Request(*about, **geometry(model_config)), model_config)
         except PromptError as error:
             found[name] = str(error)
     return found
@@ -58,7 +60,9 @@ def faults(prompts, configs, names, model_config, tokenizer) -> dict[str, str]:
 
 def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     """The settings with everything that comes from the model filled in: block size, steps and stop ids."""
-    config = config.at(getattr(model.config, "block_size", None))
+    config = _at(config, model.config)
+    if geometry(model.config)["full"]:
+        _check_attention(config)
     if getattr(model.config, "logits_shift", 0):
         asks = f"flight {config.flight!r}" if config.flying.verifies else f"strategy {config.strategy!r}"
         if config.flying.verifies or SHADOW in config.policy.needs:
@@ -76,6 +80,25 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     return replace(config, stop_ids=stops)
 
 
+def _at(config: DecodingConfig, model_config) -> DecodingConfig:
+    size, full = getattr(model_config, "block_size", None), geometry(model_config)["full"]
+    if size is None and config.block_size is None and not full:
+        raise T3DError("the model's config has no block_size; set it in the decoding settings")
+    return config.at(size)
+
+
+def _check_attention(config: DecodingConfig) -> None:
+    """Raises T3DError for what takes it that nobody sees the blocks behind those in flight."""
+    for unable, what in (
+        (not config.flying.full_attention, f"flight {config.flight!r}"),
+        (config.recheck > 0, "recheck"),
+        (SHADOW in config.policy.needs, f"strategy {config.strategy!r}"),
+        (config.negative_prompt is not None, "negative_prompt"),
+    ):
+        if unable:
+            raise T3DError(f"{what} does not work where every token sees every other, as in this model; leave it out")
+
+
 def _encode(prompt, index: int, tokenizer) -> list[int]:
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
@@ -90,10 +113,10 @@ def _check(request: Request, config) -> None:
         raise PromptError(f"{name} {fault}")
     if request.negative_ids is not None and (fault := _fault(request.negative_ids, config)):
         raise T3DError(f"the negative prompt of {name} {fault}")
-    if request.most_tokens > limit:
+    if request.end > limit:
         raise PromptError(
             f"{name} has {len(request.prompt_ids)} tokens, with max_tokens = {request.config.max_tokens} "
-            f"{request.most_tokens} positions, but the model's context is {limit}; shorten the prompt or lower "
+            f"{request.end} positions, but the model's context is {limit}; shorten the prompt or lower "
             "max_tokens"
         )
     if request.guided and (most := request.companion_end) > limit:

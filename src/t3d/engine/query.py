@@ -85,7 +85,7 @@ class Query:
 
     def limits(self) -> np.ndarray:
         """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
-        origin, block = self.sequence.origin, self.sequence.request.config.block_size
+        origin, block = self.sequence.origin, self.sequence.request.span
         place = np.arange(self.start, self.end)
         limits = block_end(place + origin, block) - origin
         if self.sequence.request.final_block != block:
@@ -95,7 +95,7 @@ class Query:
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""
         request, position = self.sequence.request, self.start + self.sequence.origin
-        block = request.config.block_size
+        block = request.span
         final = visible(Rule.BLOCK, 0, self.start, position, self.final - self.start, request.final_block)
         parts, place = [final], self.final
         parts[0][1] = 0  # from the beginning

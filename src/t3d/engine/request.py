@@ -1,10 +1,12 @@
 """What was asked for, and how far it has come."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from t3d import blocks
 from t3d.blocks import block_start, whole_blocks
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.flight import Block, Segment
@@ -27,27 +29,50 @@ class Request:
     seed: int
     name: str | None = None  # of the prompt, for messages; default: its index
     negative_ids: tuple[int, ...] | None = None  # guidance's other prompt; default: the prompt with every token masked
+    anchored: bool = False  # blocks are counted from the response's first token; see `t3d.blocks.origin`
+    full: bool = False  # every token sees every other, masks through `max_tokens` included
+
+    @cached_property
+    def origin(self) -> int:
+        """Position of its first token."""
+        return blocks.origin(len(self.prompt_ids), self.config.block_size, self.anchored)
+
+    @cached_property
+    def start(self) -> int:
+        """Position of the response's first token."""
+        return self.origin + len(self.prompt_ids)
+
+    @cached_property
+    def first_block(self) -> int:
+        """Position of the first generated block, which the prompt's tail shares."""
+        return block_start(self.start, self.config.block_size)
+
+    @cached_property
+    def end(self) -> int:
+        """Where the positions that it can come to hold end: with its last block, or just behind `max_tokens`."""
+        end = self.start + self.config.max_tokens
+        return end if self.full else whole_blocks(end, self.config.block_size)
 
     @property
-    def prompt_blocks_end(self) -> int:
-        """Where the prompt's full blocks end; its tail shares the first generated block."""
-        return block_start(len(self.prompt_ids), self.config.block_size)
-
-    @property
-    def most_tokens(self) -> int:
-        """Positions this sequence can come to hold, through the end of its last block."""
-        return whole_blocks(len(self.prompt_ids) + self.config.max_tokens, self.config.block_size)
+    def prompt_places(self) -> int:
+        """Places of the prompt that are final from the beginning."""
+        return 0 if self.full else self.first_block - self.origin
 
     @property
     def most_places(self) -> int:
         """Places of the cache it can come to need: those positions, and what its flight computes beside them."""
         config = self.config
-        return self.most_tokens + config.flying.scratch_blocks(config.policy) * config.block_size
+        return self.end - self.origin + config.flying.scratch_blocks(config.policy) * config.block_size
+
+    @property
+    def span(self) -> int:
+        """Tokens of the blocks in which tokens see each other; of full attention a number above all positions."""
+        return self.end if self.full else self.config.block_size
 
     @property
     def final_block(self) -> int:
-        """Tokens of the blocks in which final tokens see each other."""
-        return 1 if self.config.flying.causal else self.config.block_size
+        """The same of final tokens."""
+        return 1 if self.config.flying.causal else self.span
 
     @property
     def guided(self) -> bool:
@@ -62,12 +87,12 @@ class Request:
     @property
     def companion_origin(self) -> int:
         """Position of its companion's first token: the least at which the response lies in blocks as it does here."""
-        return (len(self.prompt_ids) - self.companion_length) % self.config.block_size
+        return (self.start - self.companion_length) % self.config.block_size
 
     @property
     def companion_end(self) -> int:
         """Where the positions of its companion can come to end."""
-        return self.most_tokens - len(self.prompt_ids) + self.companion_length + self.companion_origin
+        return self.end - self.start + self.companion_length + self.companion_origin
 
     @property
     def most_each(self) -> tuple[int, ...]:
@@ -93,17 +118,17 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request and its state. Positions before `base` are final; what is in flight belongs to the flight."""
+    """A request and its state. Positions before `at` are final; what is in flight belongs to the flight."""
 
     request: Request
     mask_id: int
     watched: bool = False  # every denoising step is told, not only whole blocks
-    tokens: np.ndarray = field(init=False)  # int64 (most_tokens,): prompt, finished blocks, masks
-    step_map: np.ndarray = field(init=False)  # int64 (most_tokens,)
-    confidence: np.ndarray = field(init=False)  # float32 (most_tokens,)
-    revisions: np.ndarray = field(init=False)  # int64 (most_tokens,)
-    origin: ClassVar[int] = 0  # position of its first token
-    base: int = field(init=False)
+    tokens: np.ndarray = field(init=False)  # int64, by position: prompt, finished blocks, masks
+    step_map: np.ndarray = field(init=False)  # int64
+    confidence: np.ndarray = field(init=False)  # float32
+    revisions: np.ndarray = field(init=False)  # int64
+    origin: int = field(init=False)  # position of its first token
+    at: int = field(init=False)
     weights: int = 0  # version of the weights it began with
     cached: int = 0  # places whose keys and values in the cache are final
     hit: int = 0  # of the prompt's, those that it did not compute
@@ -117,19 +142,24 @@ class Sequence:
     preemptions: int = 0
 
     def __post_init__(self):
-        size = self.request.most_tokens
+        size, self.origin = self.request.end, self.request.origin
         self.tokens = np.full(size, self.mask_id, dtype=np.int64)
-        self.tokens[: len(self.request.prompt_ids)] = self.request.prompt_ids
+        self.tokens[self.origin : self.request.start] = self.request.prompt_ids
         self.step_map = np.zeros(size, dtype=np.int64)
         self.confidence = np.zeros(size, dtype=np.float32)
         self.revisions = np.zeros(size, dtype=np.int64)
-        self.base = self.request.prompt_blocks_end
+        self.at = self.request.first_block
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
         self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # steps, if watched, not yet told
         self.turns = self.request.config.flying.run(self)
         self.asked: list[Segment] = next(self.turns)
         self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
+
+    @property
+    def base(self) -> int:
+        """Places before which the keys of all tokens can be final."""
+        return 0 if self.request.full else self.at - self.origin
 
     @property
     def places(self) -> int:
@@ -147,17 +177,25 @@ class Sequence:
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Its final tokens at these places, int64."""
-        return self.tokens[start:end]
+        return self.tokens[start + self.origin : end + self.origin]
 
     def new_block(self, start: int) -> Block:
         """The block at `start` as decoding begins it: the prompt's tail, if it lies there, and masks."""
-        size = self.request.config.block_size
-        fixed = np.arange(start, start + size) < len(self.request.prompt_ids)
-        tokens = np.full(size, self.mask_id, dtype=np.int64)
-        given = self.request.prompt_ids[start : start + size]
-        tokens[: len(given)] = given
+        tokens = self.tokens[start : start + self.request.config.block_size].copy()
+        size = len(tokens)
+        fixed = np.arange(start, start + size) < self.request.start
         zeros = np.zeros(size, dtype=np.int64)
         return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
+
+    def canvas(self, segment: Segment) -> Segment:
+        """The segment with all that its tokens see, where they see all there is."""
+        if not self.request.full:
+            return segment
+        ids = self.tokens[self.origin :].copy()
+        want = np.zeros(len(ids), dtype=bool)
+        mine = slice(segment.start - self.origin, segment.start - self.origin + len(segment))
+        ids[mine], want[mine] = segment.ids, segment.want
+        return Segment(self.origin, ids, want)
 
     def window(self, block: Block) -> np.ndarray:
         """bool (block_size,): the masks that may be committed now."""
@@ -191,22 +229,22 @@ class Sequence:
         """Whoever watches hears what the places hold now."""
         if self.watched:
             places = np.sort(places)
-            at = (block.start + places - len(self.request.prompt_ids)).tolist()
+            at = (block.start + places - self.request.start).tolist()
             self.told.append((block.step, at, block.tokens[places].tolist(), block.confidence[places].tolist()))
 
     def finish(self, block: Block) -> None:
-        """The block at `base` is final."""
+        """The block at `at` is final."""
         mine = slice(block.start, block.end)
         self.tokens[mine], self.step_map[mine] = block.tokens, block.step_map
         self.confidence[mine], self.revisions[mine] = block.confidence, block.revisions
-        self.base = block.end
+        self.at = block.end
         self.finished.append(block)
 
     def advance(self, query: "Query") -> None:
         """Account for a forward: what it wrote to the cache of final tokens is final."""
         if not self.preemptions:
-            self.hit += max(0, min(query.start, self.request.prompt_blocks_end) - self.cached)
-        self.count(query, query.start < self.request.prompt_blocks_end)
+            self.hit += max(0, min(query.start, self.request.prompt_places) - self.cached)
+        self.count(query, query.start < self.request.prompt_places)
         self.cached = query.final
 
     def count(self, query: "Query", prefill: bool) -> None:
@@ -225,7 +263,7 @@ class Sequence:
 
         A stop token counts, a stop string's tokens too; what comes after `max_tokens` does not.
         """
-        prompt, most = len(self.request.prompt_ids), self.request.config.max_tokens
+        prompt, most = self.request.start, self.request.config.max_tokens
         new = self.tokens[prompt:last].tolist()
         stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
         lengths = [stops[0] + 1] if stops else []
@@ -241,7 +279,7 @@ class Sequence:
 
     def trajectory(self, last: int, length: int, finish_reason: str, text: str | None) -> Trajectory:
         """last: where the last block that is kept ends."""
-        first = len(self.request.prompt_ids)
+        first = self.request.start
         revisions = self.revisions[first:last]
         return Trajectory(
             prompt_ids=list(self.request.prompt_ids),
@@ -253,6 +291,8 @@ class Sequence:
             finish_reason=finish_reason,
             nfe=NFE(self.prefill, self.denoise, self.commit, self.verify),
             block_size=self.request.config.block_size,
+            anchored=self.request.anchored,
+            canvas=self.request.config.max_tokens if self.request.full else 0,
             seed=self.request.seed,
             text=text,
             sample=self.request.sample,

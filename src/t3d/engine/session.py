@@ -206,7 +206,7 @@ class Session:
 
     def _end_blocks(self, sequence: Sequence) -> list[Event]:
         """Tell of the blocks that have become final, up to one that ends the sequence."""
-        request, prompt = sequence.request, len(sequence.request.prompt_ids)
+        request, prompt = sequence.request, sequence.request.start
         events: list[Event] = []
         blocks, sequence.finished = sequence.finished, []
         for block in blocks:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t3d.answers import JUDGED_TOGETHER, Job, store_answers
+from t3d.blocks import geometry
 from t3d.config import Recipe
 from t3d.decoding import DecodingConfig
 from t3d.engine import make_engine
@@ -111,7 +112,7 @@ def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:
     """The trajectories of `rollout.source`; T3DError if there are none, or they are not the teacher's to learn from."""
     model, tokenizer = inputs.teacher
     found, size = TrajectoryDataset(recipe.rollout.source), model.config.block_size
-    if found[0].block_size != size:
+    if found[0].block_size != size and not geometry(model.config)["full"]:
         raise T3DError(
             f"rollout.source: {recipe.rollout.source} has blocks of {found[0].block_size} tokens, the model of {size}"
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from t3d.blocks import geometry
 from t3d.config import Recipe
 from t3d.distill.config import T3DConfig
 from t3d.distill.objective import OBJECTIVES, ROLLOUTS, SOLUTIONS
@@ -59,7 +60,7 @@ class Solutions:
                 "model: neither generation_config.json nor config.json gives an eos_token_id to end responses"
             )
         size, count = model.config.block_size, recipe.task.num_train
-        return SolutionDataset(inputs.task, tokenizer, count, size, stops[0], recipe.seed)
+        return SolutionDataset(inputs.task, tokenizer, count, size, stops[0], recipe.seed, **geometry(model.config))
 
     def describe(self, folder: Path, recipe: Recipe, task: str) -> str:
         return f"Ground-truth responses of {task}."

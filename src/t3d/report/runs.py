@@ -150,7 +150,7 @@ def _answer(t: Trajectory) -> dict:
         "extracted": t.extra.get(EXTRACTED),
         "reason": t.extra.get(REASON) or "",
         "block": t.block_size,
-        "tail": len(t.prompt_ids) % t.block_size,  # the first texts are the prompt's
+        "tail": t.tail,  # the first texts are the prompt's
         "texts": token_texts(t),
         "steps": t.step_map,
         "confidence": [None if math.isnan(c) else round(c, 3) for c in t.confidence],

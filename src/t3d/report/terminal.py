@@ -24,7 +24,7 @@ class Shown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         t = self.trajectory
-        tail, steps = len(t.prompt_ids) % t.block_size, max(t.step_map) + 1
+        tail, steps = t.tail, max(t.step_map) + 1
         if self.label is None:
             yield from _about(t)
         verdict = {True: ("correct", "green"), False: ("wrong", "red"), None: ("not verified", "dim")}[t.correct]

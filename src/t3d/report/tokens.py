@@ -15,7 +15,7 @@ def token_texts(trajectory: Trajectory, tokenizer=None) -> list[str]:
         return trajectory.extra[PIECES]
     if tokenizer is not None:
         return Pieces(tokenizer).of(trajectory)
-    tail = len(trajectory.prompt_ids) % trajectory.block_size
+    tail = trajectory.tail
     ids = trajectory.prompt_ids[len(trajectory.prompt_ids) - tail :] + trajectory.response_ids
     return [f"⟨{token}⟩" for token in ids]
 

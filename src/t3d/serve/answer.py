@@ -46,7 +46,7 @@ class Choice:
     def details(self) -> dict:
         """Our own part of an answer. Everything is about the tokens that count, through the stop token."""
         t, n = self.trajectory, self.trajectory.length
-        tail = len(t.prompt_ids) % t.block_size
+        tail = t.tail
         return {
             "tpf": round(n / t.nfe.predicting, 4),
             "tpf_all": round(n / t.nfe.total, 4),
@@ -188,11 +188,11 @@ class Answer:
 
     def _step(self, event: StepEvent, choice: Choice, pieces: Pieces) -> dict:
         """A step of one block; `block` counts from the one in which the answer begins. A text of null: taken back."""
-        prompt, size = len(choice.request.prompt_ids), choice.request.config.block_size
+        start, size = choice.request.start, choice.request.config.block_size
         mask = self.job.worker.engine.model.config.mask_token_id
         return {
             "forward": event.forward,
-            "block": (prompt + event.places[0]) // size - prompt // size,
+            "block": (start + event.places[0]) // size - start // size,
             "step": event.step,
             "places": event.places,
             "token_ids": event.token_ids,

@@ -24,7 +24,7 @@ class Pieces:
 
     def of(self, trajectory: Trajectory) -> list[str]:
         """Texts of the generated tokens, before them those of the prompt's tail in the first generated block."""
-        tail = len(trajectory.prompt_ids) % trajectory.block_size
+        tail = trajectory.tail
         return self(trajectory.prompt_ids[len(trajectory.prompt_ids) - tail :] + trajectory.response_ids)
 
     def _decode(self, ids: list[int]) -> str:

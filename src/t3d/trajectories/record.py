@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from t3d.blocks import origin
 from t3d.errors import T3DError
 
 FINISH_REASONS = ("stop", "length")
@@ -30,9 +31,10 @@ class NFE:
 class Trajectory:
     """One decoded response with the order in which its tokens were committed.
 
-    `response_ids`, `step_map` and `confidence` cover every generated position through the end of the last
-    block (`len(prompt_ids) + len(response_ids)` is a multiple of `block_size`), so that any state can be
-    rebuilt; `length` says how many of them are the answer: through the first stop token, or `max_tokens`.
+    `response_ids`, `step_map` and `confidence` cover every generated position through the end of the last block, so
+    that any state can be rebuilt: the prompt's tail in the first block and the response are a multiple of `block_size`,
+    but for a last block that `canvas` cuts short. `length` says how many of them are the answer: through the first stop
+    token, or `max_tokens`.
     """
 
     prompt_ids: list[int]
@@ -43,6 +45,8 @@ class Trajectory:
     finish_reason: str  # "stop" | "length"
     nfe: NFE
     block_size: int
+    anchored: bool = False  # blocks are counted from the response's first token, else from the prompt's
+    canvas: int = 0  # of full attention, tokens of the response that all others saw, masks included; 0: block-causal
     revisions: list[int] | None = None  # how often each place was rewritten or masked again; None: nowhere
     seed: int = 0  # the sequence's own seed
     text: str | None = None  # decoded response_ids[:length], special tokens skipped; None without a tokenizer
@@ -52,6 +56,16 @@ class Trajectory:
     answer: str | None = None  # the reference answer, if the task has one
     correct: bool | None = None  # the verifier's verdict; None where there is nothing to verify
     extra: dict = field(default_factory=dict)  # small JSON-able values a caller wants kept
+
+    @property
+    def origin(self) -> int:
+        """Position of the prompt's first token, see `t3d.blocks.origin`."""
+        return origin(len(self.prompt_ids), self.block_size, self.anchored)
+
+    @property
+    def tail(self) -> int:
+        """Tokens of the prompt that lie in the first generated block."""
+        return (self.origin + len(self.prompt_ids)) % self.block_size
 
 
 def validate(trajectory: Trajectory) -> Trajectory:
@@ -74,7 +88,7 @@ def validate(trajectory: Trajectory) -> Trajectory:
     )
     check(t.block_size >= 1, f"block_size must be at least 1, got {t.block_size}")
     check(
-        (len(t.prompt_ids) + n) % t.block_size == 0,
+        (t.tail + n) % t.block_size == 0 or (t.anchored and n == t.canvas),
         f"prompt and response have {len(t.prompt_ids)} + {n} tokens, not a multiple of block_size "
         f"{t.block_size}; keep the whole last block",
     )

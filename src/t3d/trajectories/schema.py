@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory, validate
 
-FORMAT_VERSION = "2"
-READABLE = ("1", FORMAT_VERSION)
-SINCE_2 = ("revisions", "nfe_verify")  # what version 1 did not have
+FORMAT_VERSION = "3"
+READABLE = ("1", "2", FORMAT_VERSION)
+SINCE = {"revisions": "2", "nfe_verify": "2", "anchored": "3", "canvas": "3"}  # what version 1 did not have
 VERSION_KEY, METADATA_KEY = b"t3d_format_version", b"t3d"
 UNCOMPARED = {"versions"}  # recorded with each shard, free to differ between them
 
@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
         pa.field("nfe_commit", pa.int32(), nullable=False),
         pa.field("nfe_verify", pa.int32(), nullable=False),
         pa.field("block_size", pa.int32(), nullable=False),
+        pa.field("anchored", pa.bool_(), nullable=False),
+        pa.field("canvas", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("text", pa.string()),
         pa.field("question", pa.string()),
@@ -63,7 +65,7 @@ def to_table(trajectories: list[Trajectory], metadata: dict) -> pa.Table:
 
 def to_trajectory(table: pa.Table, row: int) -> Trajectory:
     """Row `row` of a table in this schema, checked."""
-    values = {name: table.column(name)[row].as_py() for name in _PLAIN}
+    values = {name: table.column(name)[row].as_py() for name in _PLAIN if name in table.column_names}
     lists = {name: table.column(name)[row].values.to_numpy(zero_copy_only=False).tolist() for name in _LISTS}
     kinds = [kind for kind in _NFE if f"nfe_{kind}" in table.column_names]
     nfe = NFE(**{kind: table.column(f"nfe_{kind}")[row].as_py() for kind in kinds})
@@ -92,7 +94,7 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
             "use the t3d that wrote it, or write it again"
         )
     for field in SCHEMA:
-        if field.name in SINCE_2 and version == "1":
+        if version < SINCE.get(field.name, "1"):
             continue
         index = file.schema_arrow.get_field_index(field.name)
         found = None if index < 0 else file.schema_arrow.field(index).type

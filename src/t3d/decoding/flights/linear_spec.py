@@ -24,7 +24,7 @@ class LinearSpec(Flight):
         return 1  # a verifying forward carries the last block twice
 
     def run(self, sequence):
-        block = sequence.new_block(sequence.base)
+        block = sequence.new_block(sequence.at)
         while True:
             places = block.masked().nonzero()[0]  # always the block's end
             if len(places) > 1:
@@ -38,6 +38,6 @@ class LinearSpec(Flight):
             settle(sequence, block, draft, logits.rows(segments[1].rows[places]))
             if not block.masked().any():
                 sequence.finish(block)
-                if block.end == sequence.request.most_tokens:
+                if block.end == sequence.request.end:
                     return
                 block = sequence.new_block(block.end)

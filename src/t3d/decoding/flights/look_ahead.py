@@ -7,7 +7,7 @@ import numpy as np
 from t3d.components import setting
 from t3d.decoding.flight import Block, Flight, Row, Segment, register
 from t3d.decoding.flights.multi_block import ask, complete, row
-from t3d.decoding.policy import SHADOW, step_quota
+from t3d.decoding.policy import SHADOW
 from t3d.errors import T3DError
 
 State = list[Block]  # where decoding is, or would be: complete blocks that are not final, and the one to decide next
@@ -24,7 +24,7 @@ def following(state: State, sequence) -> State | None:
     if not complete(last, sequence.policy):
         return state
     stops = np.isin(last.tokens[~last.fixed], sequence.request.config.stop_ids)
-    if last.end >= sequence.request.most_tokens or stops.any():
+    if last.end >= sequence.request.end or stops.any():
         return None
     return [*state, sequence.new_block(last.end)]
 
@@ -107,7 +107,7 @@ class LookAhead(Flight):
             raise T3DError("blocks_in_flight is a setting of the flight multi_block; look_ahead has depth")
 
     def run(self, sequence):
-        state, drafts = [sequence.new_block(sequence.base)], []
+        state, drafts = [sequence.new_block(sequence.at)], []
         while True:
             copies = [self.copy(some, sequence) for some in (state, *drafts)]
             logits = yield [segment for copy in copies for segment in copy.segments]
@@ -130,7 +130,7 @@ class LookAhead(Flight):
         """The state and, where drafts may come to be about it, the next block, masked."""
         blocks = [block.copy() for block in state]  # as they are now
         last = blocks[-1]
-        if last.end < sequence.request.most_tokens and self.may_complete(last, sequence):
+        if last.end < sequence.request.end and self.may_complete(last, sequence):
             blocks.append(sequence.new_block(last.end))
         return Copy(blocks, ask(blocks, sequence))
 
@@ -140,7 +140,7 @@ class LookAhead(Flight):
         if not sequence.policy.scheduled or config.window is not None:
             return True
         steps = range(block.step, block.step + self.depth)
-        return left <= sum(step_quota(config.block_size, config.steps, step) for step in steps)
+        return left <= sum(block.quota(config, step) for step in steps)
 
     def drafts(self, state: State, copies: list[Copy], logits, sequence):
         """The most probable states that may follow, by the logits of the forward that led to `state`.

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def ask(blocks: list[Block], sequence) -> list[Segment]:
         want = np.concatenate([~b.fixed for b in blocks])
     else:
         want = np.concatenate([sequence.window(b) for b in blocks])
-    whole = Segment(blocks[0].start, ids, want)
+    whole = sequence.canvas(Segment(blocks[0].start, ids, want))
     if SHADOW not in needs:
         return [whole]
     filled = (ids != sequence.mask_id) & ~np.concatenate([b.fixed for b in blocks])
@@ -57,6 +58,8 @@ class MultiBlock(Flight):
     Ours: with `recheck`, what is decided behind other blocks is provisional. The forward after a block has become the
     first carries a copy of it with those places masked; tokens that are less probable there are masked again.
     """
+
+    full_attention: ClassVar[bool] = True
 
     blocks_in_flight: int = setting(1, "blocks of a sequence decoded at once; 1: one after the other", low=1, high=64)
     enter: float = setting(0.1, "share of the last block that is decided before the next enters", low=0, high=1)
@@ -99,7 +102,7 @@ class MultiBlock(Flight):
         return depth == 0 or blocks[depth - 1].progress >= self.force
 
     def run(self, sequence):
-        policy, blocks = sequence.policy, [sequence.new_block(sequence.base)]
+        policy, blocks = sequence.policy, [sequence.new_block(sequence.at)]
         provisional = np.zeros(0, dtype=np.int64)  # places of the first block
         while True:
             segments = ask(blocks, sequence)
@@ -126,10 +129,10 @@ class MultiBlock(Flight):
                 sequence.finish(blocks.pop(0))
                 if blocks and self.recheck:
                     provisional = (~blocks[0].masked() & ~blocks[0].fixed).nonzero()[0]
-            if not blocks and sequence.base >= sequence.request.most_tokens:
+            if not blocks and sequence.at >= sequence.request.end:
                 return
             while len(blocks) < self.blocks_in_flight and self.enters(blocks, sequence):
-                blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.base))
+                blocks.append(sequence.new_block(blocks[-1].end if blocks else sequence.at))
 
     def reopen(self, block: Block, places: np.ndarray, copy: Segment, logits, sequence) -> bool:
         """Mask those of the places again whose tokens are improbable in the copy; whether there are any."""
@@ -143,7 +146,7 @@ class MultiBlock(Flight):
         if not blocks:
             return True
         last = blocks[-1]
-        if last.end >= sequence.request.most_tokens or last.progress < self.enter:
+        if last.end >= sequence.request.end or last.progress < self.enter:
             return False
         stops = sequence.request.config.stop_ids  # behind one nothing counts
         return not any(np.isin(b.tokens[~b.fixed], stops).any() for b in blocks)

@@ -40,7 +40,7 @@ class S2D2(Flight):
         return 1  # a verifying forward carries the last block twice
 
     def run(self, sequence):
-        block = sequence.new_block(sequence.base)
+        block = sequence.new_block(sequence.at)
         while True:
             masked = block.masked()
             drafting = Segment(block.start, block.tokens.copy(), masked)
@@ -56,7 +56,7 @@ class S2D2(Flight):
                 yield [Row(block, np.where(sequence.window(block), drafting.rows, -1))]
             if not block.masked().any():
                 sequence.finish(block)
-                if block.end == sequence.request.most_tokens:
+                if block.end == sequence.request.end:
                     return
                 block = sequence.new_block(block.end)
 
