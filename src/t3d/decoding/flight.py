@@ -104,6 +104,7 @@ class Flight:
 
     name: ClassVar[str]
     verifies: ClassVar[bool] = False  # it asks masks behind a draft what each predicts in its own place
+    shifted: ClassVar[bool] = False  # it takes a model whose logits predict the next token
     full_attention: ClassVar[bool] = False  # it works where every token sees every other
     causal: ClassVar[bool] = False  # final tokens see only those before them, as in a model of blocks of one token
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import Field, dataclass, fields
 from functools import cache as cached
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -20,11 +19,12 @@ from t3d.errors import T3DError
 
 # What a policy may ask for besides confidences (`Policy.needs`)
 ENTROPY = "entropy"  # nats of the untempered distribution at masked places
+MARGIN = "margin"  # by how much the likeliest token's untempered probability is above the second's
 UNIFORM = "uniform"  # a number in [0, 1) per place, from the sequence's own seed
 FILLED = "filled"  # predictions at filled places too; the block ends when a forward changes nothing
 SHADOW = "shadow"  # the probability of each filled token where everything but itself is seen
 STOP = "stop"  # whether the proposed token ends the response
-NEEDS = frozenset({ENTROPY, UNIFORM, FILLED, SHADOW, STOP})
+NEEDS = frozenset({ENTROPY, MARGIN, UNIFORM, FILLED, SHADOW, STOP})
 
 
 @dataclass
@@ -38,10 +38,11 @@ class View:
     changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
     progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be
     committed, the most confident if the policy chooses none.
-    entropy: float32 (rows, block), inf where not masked. uniform: float32 (rows, block). expected: int64 and certainty:
-    float32 (rows, block), the likeliest token at filled places and its probability, -inf elsewhere (FILLED). shadow:
-    float32 (rows, block), probability of the filled token, inf where masked or the prompt's (SHADOW). stop: bool (rows,
-    block), the proposal ends the response (STOP). The last six are None unless a policy asks.
+    entropy: float32 (rows, block), inf where not masked. margin: float32 (rows, block), -inf where not masked. uniform:
+    float32 (rows, block). expected: int64 and certainty: float32 (rows, block), the likeliest token at filled places
+    and its probability, -inf elsewhere (FILLED). shadow: float32 (rows, block), probability of the filled token, inf
+    where masked or the prompt's (SHADOW). stop: bool (rows, block), the proposal ends the response (STOP). The last
+    seven are None unless a policy asks.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class View:
     progress: Tensor
     must: Tensor
     entropy: Tensor | None = None
+    margin: Tensor | None = None
     uniform: Tensor | None = None
     expected: Tensor | None = None
     certainty: Tensor | None = None
@@ -172,22 +174,21 @@ def _even(size: int, masks: int, steps: int) -> list[int]:
 
 
 def _rounded(size: int, masks: int, steps: int) -> list[int]:
-    """The share of the masks that a linear noise level falls by, rounded to even (dllm)."""
-    level = np.arange(steps, -1, -1, dtype=np.float32) / np.float32(steps)
-    return _falling(masks, level, np.rint)
+    """The share of the masks that a linear noise level falls by, rounded (dllm, whose float32 decides near halves)."""
+    level = 1 - (1 - (np.arange(steps, -1, -1) / steps).astype(np.float32))
+    return _falling(masks, 1 - (level[1:] / level[:-1]).astype(float), np.rint)
 
 
 def _truncated(size: int, masks: int, steps: int) -> list[int]:
-    """The same, cut to whole tokens, from noise level 1 to 0.001; the last step takes what is left (Dream)."""
+    """The same from noise level 1 to 0.001, cut to whole tokens; the last step takes what is left (Dream)."""
     level = torch.linspace(1, 1e-3, steps + 1).numpy()
-    level[-1] = 0
-    return _falling(masks, level, np.trunc)
+    return _falling(masks, [*(1 - level[1:] / level[:-1])[:-1], 1.0], np.trunc)
 
 
-def _falling(masks: int, level: np.ndarray, whole: Callable) -> list[int]:
+def _falling(masks: int, shares, whole: Callable) -> list[int]:
     found = []
-    for now, then in pairwise(level):
-        found.append(min(masks, int(whole(masks * (np.float32(1) - then / now)))))
+    for share in shares:
+        found.append(min(masks, int(whole(masks * share))))
         masks -= found[-1]
     return found
 

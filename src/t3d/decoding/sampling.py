@@ -93,26 +93,31 @@ def sample(
     u: Tensor,
     sampling_confidence: Tensor,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    margin: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Choose one token per row of float32 logits (rows, vocab); a token to leave out has logit -inf.
 
     temperature, top_p, u: float32 (rows,); top_k: int64 (rows,); sampling_confidence: bool (rows,). They may live on
     the host while the logits are on a device: which rows take which path is decided without waiting for the device.
     Returns tokens int64 (rows,), their probabilities float32 (rows,) under the untempered, unfiltered distribution (or,
-    where `sampling_confidence`, under the one sampled from), and the untempered entropy in nats (rows,) if asked for.
+    where `sampling_confidence`, under the one sampled from), and, if asked for, the untempered entropy in nats (rows,)
+    and by how much the likeliest token's untempered probability is above the second's (rows,).
     """
     device = logits.device
     best, tokens = logits.max(-1)
     above = logits - best[:, None]  # at most 0
     weights = above.exp() if entropy else above.exp_()  # as large as the logits
     z = weights.sum(-1)  # (rows,)
-    entropies = None
+    entropies = margins = None
+    if margin:
+        first, second = weights.topk(2, dim=-1).values.unbind(-1)
+        margins = (first - second) / z
     if entropy:
         entropies = z.log() - (weights * above.masked_fill_(weights == 0, 0.0)).sum(-1) / z
 
     random = temperature > 0
     if not bool(random.any()):
-        return tokens, z.reciprocal(), entropies
+        return tokens, z.reciprocal(), entropies, margins
 
     drawn_confidence = torch.zeros_like(z)
     filtered = random & ((top_k > 0) | (top_p < 1))
@@ -128,4 +133,4 @@ def sample(
         drawn_confidence[index] = probability[:, 0]
     confidence = weights.gather(1, tokens[:, None])[:, 0] / z
     own = (random & sampling_confidence).to(device, non_blocking=True)
-    return tokens, torch.where(own, drawn_confidence, confidence), entropies
+    return tokens, torch.where(own, drawn_confidence, confidence), entropies, margins

@@ -49,7 +49,7 @@ def propose(sequence: "Sequence", block: Block, places: np.ndarray, logits: Tens
     """
     config, n = sequence.request.config, len(places)
     u = _numbers(sequence, block, places, PROPOSE)
-    drawn, confidence, _ = sample(
+    drawn, confidence, *_ = sample(
         logits,
         torch.full((n,), float(config.temperature)),
         torch.full((n,), config.top_k),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from t3d.decoding.flight import Row
 from t3d.decoding.laws import Lawful, lawful
-from t3d.decoding.policy import ENTROPY, FILLED, SHADOW, STOP, UNIFORM, Knobs, Policy, View
+from t3d.decoding.policy import ENTROPY, FILLED, MARGIN, SHADOW, STOP, UNIFORM, Knobs, Policy, View
 from t3d.decoding.sampling import sample, uniform
 from t3d.engine.attention import to_device
 from t3d.engine.request import Sequence
@@ -113,6 +113,7 @@ class _Batch:
             uniform(seed, position, step, 0) if any(c.temperature > 0 for c in configs) else zeros,
             self.per_place([c.confidence == "sampling" for c in configs], torch.bool),
             entropy=ENTROPY in needs,
+            margin=MARGIN in needs,
         )
         one_copy = torch.stack([x.double() for x in drawn if x is not None]).cpu()  # the step's only wait
         token, confidence = one_copy[0].long(), one_copy[1].float()
@@ -135,6 +136,8 @@ class _Batch:
         )
         if ENTROPY in needs:
             view.entropy = self.scatter(one_copy[2].float().where(open_, torch.inf), torch.inf)
+        if MARGIN in needs:
+            view.margin = self.scatter(one_copy[-1].float().where(open_, -torch.inf), -torch.inf)
         if UNIFORM in needs:
             view.uniform = self.scatter(uniform(seed, position, step, 1), 0.0)
         if FILLED in needs:

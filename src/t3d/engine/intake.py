@@ -70,6 +70,11 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
                 f"{asks} asks masks beside the text about their own places, and this model's logits predict the next "
                 "token (logits_shift); use another"
             )
+    elif config.flying.shifted:
+        raise T3DError(
+            f"flight {config.flight!r} is for models whose logits predict the next token (logits_shift), and this one's "
+            "do not; use another"
+        )
     if config.stop and tokenizer is None:
         raise T3DError("stop strings need a tokenizer; use stop_ids")
     if config.negative_prompt is not None and tokenizer is None:
