@@ -54,6 +54,8 @@ class PublishedConfig:
         rope = dict(values.get("rope_parameters") or {})
         if "rope_theta" in rope:
             values["rope_theta"] = rope.pop("rope_theta")
+            if "partial_rotary_factor" in rope:
+                values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
             values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         if "dtype" in values:
             values["torch_dtype"] = values["dtype"]
