@@ -23,7 +23,7 @@ PARTICULAR = {
     },
     "llada2_moe": {
         "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": 4,
         "moe_intermediate_size": 16,
         "n_group": 4,
         "topk_group": 2,

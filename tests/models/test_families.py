@@ -125,7 +125,7 @@ def test_what_no_family_can_do_is_refused(tmp_path):
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())
     for changes, words in (
-        ({"model_type": "gpt2"}, "'gpt2' is not supported .supported: sdar, .*block_gemma3.$"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported .supported: sdar, .*block_gemma3.*[)]$"),
         ({"model_type": "qwen3"}, "t3d convert"),
         ({"mask_token_id": None}, "which token is the mask"),
         ({"mask_token_id": 64}, "mask_token_id is 64, outside of the vocabulary of 64 tokens"),

@@ -164,6 +164,6 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _hint(family) -> str:
-    if family in {model.autoregressive for model in FAMILIES.values()}:
+    if family is not None and family in {model.autoregressive for model in FAMILIES.values()}:
         return "; `t3d convert` makes a block-diffusion model of it"
     return f"; {NOT_HERE[family]}" if family in NOT_HERE else ""
