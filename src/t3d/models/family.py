@@ -33,6 +33,7 @@ class PublishedConfig:
     logits_shift = 0  # 1: a row's logits predict the next token, as an autoregressive model's; 0: the row's own
     shifts = (0,)  # what `logits_shift` may be
     several_sizes = False  # there are checkpoints whose block size is not the default, and not in their files
+    mask_tokens: ClassVar[tuple[str, ...]] = ()  # names of the mask token, where only the vocabulary has it
     keys: ClassVar[dict[str, str]] = {}  # names in config.json -> names in transformers, where they differ
 
     @classmethod
