@@ -152,7 +152,12 @@ def generation_ids(name: str | os.PathLike):
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
     ids = found.get("eos_token_id", tokenizer.eos_token_id)
     stops = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
-    return tokenizer, stops, found.get("block_size", 4)
+    family = FAMILIES.get(found.get("model_type"))
+    return (
+        tokenizer,
+        stops,
+        found.get("block_size", 4) if family is None else family.config_class.from_dict(found).block_size,
+    )
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
