@@ -21,6 +21,16 @@ PARTICULAR = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "llada2_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+    },
     "block_gemma3": {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
 }
 

@@ -232,7 +232,8 @@ def longest_prompt(inputs: Inputs) -> int:
 def _intermediate(config) -> int:
     """Width of what a token passes through in the MLP: of a mixture's experts those that it is sent to."""
     experts = getattr(config, "num_experts_per_tok", None)
-    return config.intermediate_size if experts is None else experts * config.moe_intermediate_size
+    shared = getattr(config, "n_shared_experts", 0)
+    return config.intermediate_size if experts is None else (experts + shared) * config.moe_intermediate_size
 
 
 def table(parts: list[Part], gpus: int, strategy: str) -> Table:

@@ -46,7 +46,7 @@ def autoregressive(folder, kind="qwen3", spare=8, tie=False, eos=None):
 
 @pytest.mark.parametrize("spare", [8, 0])
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+@pytest.mark.parametrize(("family", "shift"), [v for v in VARIANTS if FAMILIES[v.values[0]].autoregressive])
 def test_the_weights_are_the_same_but_for_the_mask(tmp_path, family, shift, tie, spare):
     kind = FAMILIES[family].autoregressive
     source, tokenizer = autoregressive(tmp_path / "ar", kind, spare, tie)

@@ -6,6 +6,8 @@ from t3d.models.block_gemma3 import BlockGemma3ForCausalLM
 from t3d.models.block_llama import BlockLlamaForCausalLM
 from t3d.models.block_qwen2 import BlockQwen2ForCausalLM
 from t3d.models.block_qwen3 import BlockQwen3ForCausalLM
+from t3d.models.fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from t3d.models.llada2_moe import LLaDA2MoeModelLM
 from t3d.models.sdar import SDARForCausalLM
 from t3d.models.sdar_moe import SDARMoeForCausalLM
 
@@ -17,6 +19,8 @@ MODELS = (
     BlockQwen2ForCausalLM,
     BlockLlamaForCausalLM,
     BlockGemma3ForCausalLM,
+    LLaDA2MoeModelLM,
+    Fast_dLLM_QwenForCausalLM,
 )
 FAMILIES = {model.config_class.model_type: model for model in MODELS}
 

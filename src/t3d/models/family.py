@@ -32,6 +32,8 @@ class PublishedConfig:
 
     logits_shift = 0  # 1: a row's logits predict the next token, as an autoregressive model's; 0: the row's own
     shifts = (0,)  # what `logits_shift` may be
+    several_sizes = False  # there are checkpoints whose block size is not the default, and not in their files
+    mask_tokens: ClassVar[tuple[str, ...]] = ()  # names of the mask token, where only the vocabulary has it
     keys: ClassVar[dict[str, str]] = {}  # names in config.json -> names in transformers, where they differ
 
     @classmethod
@@ -54,6 +56,8 @@ class PublishedConfig:
         rope = dict(values.get("rope_parameters") or {})
         if "rope_theta" in rope:
             values["rope_theta"] = rope.pop("rope_theta")
+            if "partial_rotary_factor" in rope:
+                values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
             values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         if "dtype" in values:
             values["torch_dtype"] = values["dtype"]

@@ -11,6 +11,15 @@ from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
 
+# Model types that people may try, and why they are not here.
+NOT_HERE = {
+    "diffusion_gemma": "it has no mask token: its noise is random tokens",
+    "lladamoe": "the layers of LLaDA-MoE are not here, only those of LLaDA2",
+    "llada_moe": "the layers of LLaDA-MoE are not here, only those of LLaDA2",
+    "sedd": "it predicts ratios of probabilities, not tokens",
+    "mdlm": "its layers take the noise level, those of all families here do not",
+}
+
 
 def load_model(
     name: str | os.PathLike,
@@ -29,7 +38,8 @@ def load_model(
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
     folder = local_folder(name)
-    family = read_json(folder / "config.json").get("model_type")
+    values = read_json(folder / "config.json")
+    family = values.get("model_type")
     if family not in FAMILIES:
         raise T3DError(
             f"{name}: model type {family!r} is not supported (supported: {', '.join(FAMILIES)}){_hint(family)}"
@@ -44,6 +54,12 @@ def load_model(
     if model.config.mask_token_id is None:
         model.config.mask_token_id = tokenizer.mask_token_id if tokenizer is not None else None
     check_mask(model.config, name)
+    if model.config.several_sizes and "block_size" not in values:
+        log.warning(
+            "%s: config.json does not say the block size; if it is not %d, as most have, write another with "
+            "`t3d convert --block-size`",
+            name, model.config.block_size,
+        )  # fmt: skip
     return model, tokenizer
 
 
@@ -136,7 +152,12 @@ def generation_ids(name: str | os.PathLike):
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
     ids = found.get("eos_token_id", tokenizer.eos_token_id)
     stops = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
-    return tokenizer, stops, found.get("block_size", 4)
+    family = FAMILIES.get(found.get("model_type"))
+    return (
+        tokenizer,
+        stops,
+        found.get("block_size", 4) if family is None else family.config_class.from_dict(found).block_size,
+    )
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -148,6 +169,6 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _hint(family) -> str:
-    if family in {model.autoregressive for model in FAMILIES.values()}:
+    if family is not None and family in {model.autoregressive for model in FAMILIES.values()}:
         return "; `t3d convert` makes a block-diffusion model of it"
-    return ""
+    return f"; {NOT_HERE[family]}" if family in NOT_HERE else ""

@@ -45,11 +45,11 @@ def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_sh
         _for_transformers_4(folder)
     source = source or model.name_or_path  # empty for a model that was not loaded
     if source and (Path(source) / "config.json").exists():
-        _carry_over(Path(source), folder, tokenizer)
+        _carry_over(Path(source), folder, tokenizer, model.config)
     _drop_dangling(folder)
 
 
-def _carry_over(source: Path, folder: Path, tokenizer) -> None:
+def _carry_over(source: Path, folder: Path, tokenizer, config) -> None:
     for path in [*source.glob("*.py"), *source.glob("LICENSE*")]:
         shutil.copy(path, folder)
     if tokenizer is not None and _same(tokenizer, load_tokenizer(source)):
@@ -57,10 +57,25 @@ def _carry_over(source: Path, folder: Path, tokenizer) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy(source / name, folder)
-    ours = read_json(folder / "config.json")
-    theirs = {k: v for k, v in read_json(source / "config.json").items() if k not in ours}
-    if theirs and read_json(source / "config.json").get("model_type") == ours["model_type"]:
-        _write_json(folder / "config.json", ours | theirs)
+    ours, theirs = read_json(folder / "config.json"), read_json(source / "config.json")
+    if theirs.get("model_type") == ours["model_type"]:
+        for key in _implied(config, tokenizer) - theirs.keys():
+            ours.pop(key, None)
+        _write_json(folder / "config.json", theirs | ours)
+
+
+def _implied(config, tokenizer) -> set[str]:
+    """Keys that are found without config.json, where a family's published files leave them out."""
+    found = set()
+    if config.several_sizes:
+        return found
+    if config.block_size == type(config).block_size:
+        found.add("block_size")
+    if tokenizer is not None and config.mask_token_id is not None:
+        names = (tokenizer.mask_token,) if tokenizer.mask_token is not None else config.mask_tokens
+        if tokenizer.convert_ids_to_tokens(config.mask_token_id) in names:
+            found.add("mask_token_id")
+    return found
 
 
 def _same(one, other) -> bool:

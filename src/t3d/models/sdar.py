@@ -9,6 +9,7 @@ class SDARConfig(PublishedConfig, Qwen3Config):
     """Qwen3's configuration with the block size and the mask token of a block-diffusion checkpoint."""
 
     model_type = "sdar"
+    several_sizes = True  # derivatives are trained with 4 to 64
     block_size: int = 4
     mask_token_id: int | None = None
 

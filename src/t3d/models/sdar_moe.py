@@ -14,6 +14,7 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
     """Qwen3-MoE's configuration with the block size and the mask token of a block-diffusion checkpoint."""
 
     model_type = "sdar_moe"
+    several_sizes = True  # derivatives are trained with 4 to 64
     block_size: int = 4
     mask_token_id: int | None = None
 

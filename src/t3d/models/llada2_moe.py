@@ -1,0 +1,69 @@
+"""LLaDA2.0 and LLaDA2.1 (inclusionAI): experts behind sigmoid gates in groups, rotation of half of the channels.
+
+Transformers' Glm4Moe computes just this; keys and names of weights in files are those of Ant's Bailing models. Files
+say neither the block size nor the mask token, and of the stop tokens only the one that pads.
+"""
+
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+
+from t3d.errors import T3DError
+from t3d.models.family import FamilyModel, PublishedConfig
+
+# What the published configuration could say otherwise, and no published model does.
+ALWAYS = {
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "use_bias": False,
+    "norm_head": False,
+    "using_split_qkv_in_self_attention": False,
+}
+
+
+class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
+    """Glm4Moe's configuration under the published keys, with the block size that all published models have."""
+
+    model_type = "llada2_moe"
+    attention = "block"
+    anchor = "start"
+    mask_tokens = ("<|mask|>",)
+    stop_tokens = ("<|role_end|>", "<|endoftext|>")
+    keys = {  # noqa: RUF012
+        "num_experts": "n_routed_experts",
+        "num_shared_experts": "n_shared_experts",
+        "use_qkv_bias": "attention_bias",
+    }
+    block_size: int = 32
+    mask_token_id: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        for key, value in ALWAYS.items():
+            if getattr(self, key, value) != value:
+                raise T3DError(f"{key} is {getattr(self, key)}; only {value} is supported in {self.model_type}")
+
+
+class LLaDA2MoeModelLM(FamilyModel, Glm4MoeForCausalLM):
+    """Logits at a position predict the token *at* that position. The caller gives the mask (see `t3d.blocks`)."""
+
+    config_class = LLaDA2MoeConfig
+
+
+register_checkpoint_conversion_mapping(
+    "llada2_moe",
+    [
+        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+        WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+        WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+        WeightConverter(  # rows of all heads of queries, then keys, then values
+            source_patterns="attention.query_key_value",
+            target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            operations=[Split(dim=0)],
+        ),
+        *get_checkpoint_conversion_mapping("qwen2_moe"),  # experts one by one in files
+    ],
+    overwrite=True,
+)
