@@ -19,18 +19,20 @@ def reference_logits(model, ids, block_size):
 
 
 def reference_draw(logits, config, u):
-    """(token, confidence, entropy) from the logits of one position, by the definitions.
+    """(token, confidence, entropy, margin) from the logits of one position, by the definitions.
 
     Two tokens that rounding alone tells apart are no test of an engine that adds up in another order.
     """
     p = logits.softmax(-1)
     entropy = -float(sum(x * math.log(x) for x in p.tolist() if x > 0))
+    highest, next_ = sorted(p.tolist())[:-3:-1]
+    margin = highest - next_
     if config.temperature == 0:
         first, second = logits.topk(2).values.tolist()
         if first - second < 1e-4:
             reject()
         token = int(logits.argmax())
-        return token, float(p[token]), entropy
+        return token, float(p[token]), entropy, margin
     q = (logits / config.temperature).softmax(-1)
     if config.top_k or config.top_p < 1:
         kept = q.argsort(descending=True, stable=True)[: config.top_k or None]
@@ -41,17 +43,21 @@ def reference_draw(logits, config, u):
     weights = q[kept] / q[kept].sum()
     index = min(int((weights.cumsum(0) <= u * weights.sum()).sum()), len(kept) - 1)
     token = int(kept[index])
-    return token, float(weights[index] if config.confidence == "sampling" else p[token]), entropy
+    return token, float(weights[index] if config.confidence == "sampling" else p[token]), entropy, margin
 
 
 def reference_choice(drawn, config, quota, random_numbers):
-    """Positions to commit. drawn: {position: (token, confidence, entropy)} of the masked ones, from left to right."""
+    """Positions to commit. drawn: {position: (token, confidence, entropy, margin)} of masks, from left to right."""
     masked = list(drawn)
     best = sorted(masked, key=lambda p: -drawn[p][1])
     surest = sorted(masked, key=lambda p: drawn[p][2])
     name = config.strategy
     if name == "low_confidence_static":
         return best[:quota]
+    if name == "entropy":
+        return surest[:quota]
+    if name == "margin":
+        return sorted(masked, key=lambda p: -drawn[p][3])[:quota]
     if name == "low_confidence_dynamic":
         floor = quota if config.floor == "schedule" else 1
         return [p for p in masked if drawn[p][1] > config.threshold or p in best[:floor]]

@@ -16,11 +16,13 @@ from tests.engine.reference import reference_decode
 STOPS = (1, 5)
 STRATEGIES = (  # those that the reference knows; tests/decoding/test_rules.py has the others
     "adaptive",
+    "entropy",
     "entropy_bounded_eb",
     "entropy_bounded_sdar",
     "factor",
     "low_confidence_dynamic",
     "low_confidence_static",
+    "margin",
     "random",
     "sequential",
 )

@@ -72,8 +72,8 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
             )
     elif config.flying.shifted:
         raise T3DError(
-            f"flight {config.flight!r} is for models whose logits predict the next token (logits_shift), and this one's "
-            "do not; use another"
+            f"flight {config.flight!r} is for models whose logits predict the next token (logits_shift); this one's do "
+            "not; use another"
         )
     if config.stop and tokenizer is None:
         raise T3DError("stop strings need a tokenizer; use stop_ids")
