@@ -81,9 +81,8 @@ def visible(rule: Rule, final: int, place: int, start: int, length: int, block_s
     own = place + n
     none = np.full(length, -1)
     if rule is Rule.BLOCK:
-        return np.stack(
-            [np.full(length, final), np.full(length, place), place + block_end(start + n, block_size) - start, none]
-        )
+        end = np.minimum(block_end(start + n, block_size) - start, length)  # the last block may be short
+        return np.stack([np.full(length, final), np.full(length, place), place + end, none])
     if rule is Rule.TOKEN:
         return np.stack([np.full(length, final), np.full(length, place), own + 1, none])
     if rule is Rule.NEXT:

@@ -87,7 +87,7 @@ class _General:
         Raises T3DError."""
         block = self.block_size or block_size or self.max_tokens
         steps = self.steps or block
-        if steps > block:
+        if steps > block and self.schedule == "even":
             raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
         return replace(self, block_size=block, steps=steps)
 

@@ -55,11 +55,21 @@ class Block:
         memory = {name: value.clone() for name, value in self.memory.items()}
         return Block(self.start, self.mask_id, *(a.copy() for a in arrays), self.step, self.changed, memory)
 
-    def quota(self, config, step: int | None = None) -> int:
-        """k_s: how many masks the schedule commits at a step, by default the next one."""
+    def quotas(self, config) -> tuple[int, ...]:
+        """k_s: how many masks the schedule commits at each step."""
         masks = len(self.fixed) - int(self.fixed.sum())
-        quotas = step_quotas(config.schedule, len(self.fixed), masks, config.steps)
+        return step_quotas(config.schedule, len(self.fixed), masks, config.steps)
+
+    def quota(self, config, step: int | None = None) -> int:
+        """That of one step, by default the next one."""
+        quotas = self.quotas(config)
         return quotas[min(self.step if step is None else step, len(quotas) - 1)]
+
+    def skip(self, config) -> None:
+        """Go past steps that commit nothing: their forward would change nothing."""
+        quotas = self.quotas(config)
+        while self.step < len(quotas) and not quotas[self.step]:
+            self.step += 1
 
     def same(self, other: "Block") -> bool:
         """Whether both are in the same state, as far as a forward can see."""

@@ -174,9 +174,10 @@ def _even(size: int, masks: int, steps: int) -> list[int]:
 
 
 def _rounded(size: int, masks: int, steps: int) -> list[int]:
-    """The share of the masks that a linear noise level falls by, rounded (dllm, whose float32 decides near halves)."""
+    """The share of the masks that a linear noise level falls by, rounded, without the steps that commit nothing (dllm,
+    whose float32 decides near halves)."""
     level = 1 - (1 - (np.arange(steps, -1, -1) / steps).astype(np.float32))
-    return _falling(masks, 1 - (level[1:] / level[:-1]).astype(float), np.rint)
+    return [k for k in _falling(masks, 1 - (level[1:] / level[:-1]).astype(float), np.rint) if k]
 
 
 def _truncated(size: int, masks: int, steps: int) -> list[int]:
@@ -198,11 +199,8 @@ SCHEDULES = {"even": _even, "rounded": _rounded, "truncated": _truncated}
 
 @cached
 def step_quotas(schedule: str, size: int, masks: int, steps: int) -> tuple[int, ...]:
-    """k_s: tokens to commit at each step of a block of `size` tokens that begins with `masks` masks.
-
-    Steps that would commit nothing are left out: a forward that changes nothing tells nothing new.
-    """
-    return tuple(k for k in SCHEDULES[schedule](size, masks, steps) if k)
+    """k_s: tokens to commit at each step of a block of `size` tokens that begins with `masks` masks."""
+    return tuple(SCHEDULES[schedule](size, masks, steps))
 
 
 def rank(score: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Query:
         limits = block_end(place + origin, block) - origin
         if self.sequence.request.final_block != block:
             limits[: self.final - self.start] = place[: self.final - self.start] + 1
-        return limits
+        return np.minimum(limits, self.end)  # the last block may be short
 
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""

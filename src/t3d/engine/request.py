@@ -49,9 +49,9 @@ class Request:
 
     @cached_property
     def end(self) -> int:
-        """Where the positions that it can come to hold end: with its last block, or just behind `max_tokens`."""
+        """Where the positions that it can come to hold end: with its last block, or, anchored, inside it."""
         end = self.start + self.config.max_tokens
-        return end if self.full else whole_blocks(end, self.config.block_size)
+        return end if self.anchored else whole_blocks(end, self.config.block_size)
 
     @property
     def prompt_places(self) -> int:
@@ -185,7 +185,9 @@ class Sequence:
         size = len(tokens)
         fixed = np.arange(start, start + size) < self.request.start
         zeros = np.zeros(size, dtype=np.int64)
-        return Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
+        block = Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
+        block.skip(self.request.config)
+        return block
 
     def canvas(self, segment: Segment) -> Segment:
         """The segment with all that its tokens see, where they see all there is."""
@@ -218,6 +220,7 @@ class Sequence:
         if not draft:
             self.tell(block, places)
         block.step += 1
+        block.skip(self.request.config)
 
     def reopen(self, block: Block, places: np.ndarray) -> None:
         """Mask places of the block again, int64 (n,), n >= 1, before its next step."""

@@ -33,8 +33,8 @@ class Trajectory:
 
     `response_ids`, `step_map` and `confidence` cover every generated position through the end of the last block, so
     that any state can be rebuilt: the prompt's tail in the first block and the response are a multiple of `block_size`,
-    but for a last block that `canvas` cuts short. `length` says how many of them are the answer: through the first stop
-    token, or `max_tokens`.
+    but where blocks are anchored, whose last one may be short. `length` says how many of them are the answer: through
+    the first stop token, or `max_tokens`.
     """
 
     prompt_ids: list[int]
@@ -88,7 +88,7 @@ def validate(trajectory: Trajectory) -> Trajectory:
     )
     check(t.block_size >= 1, f"block_size must be at least 1, got {t.block_size}")
     check(
-        (t.tail + n) % t.block_size == 0 or (t.anchored and n == t.canvas),
+        t.anchored or (t.tail + n) % t.block_size == 0,
         f"prompt and response have {len(t.prompt_ids)} + {n} tokens, not a multiple of block_size "
         f"{t.block_size}; keep the whole last block",
     )
