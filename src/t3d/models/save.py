@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from t3d.errors import T3DError
 from t3d.models.files import TOKENIZER_FILES, read_json, replacing
-from t3d.models.load import load_tokenizer
+from t3d.models.load import load_tokenizer, mask_of
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
 
 SHARD = "5GB"
@@ -45,11 +45,11 @@ def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_sh
         _for_transformers_4(folder)
     source = source or model.name_or_path  # empty for a model that was not loaded
     if source and (Path(source) / "config.json").exists():
-        _carry_over(Path(source), folder, tokenizer)
+        _carry_over(Path(source), folder, tokenizer, model.config)
     _drop_dangling(folder)
 
 
-def _carry_over(source: Path, folder: Path, tokenizer) -> None:
+def _carry_over(source: Path, folder: Path, tokenizer, config) -> None:
     for path in [*source.glob("*.py"), *source.glob("LICENSE*")]:
         shutil.copy(path, folder)
     if tokenizer is not None and _same(tokenizer, load_tokenizer(source)):
@@ -57,10 +57,12 @@ def _carry_over(source: Path, folder: Path, tokenizer) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy(source / name, folder)
-    ours = read_json(folder / "config.json")
-    theirs = {k: v for k, v in read_json(source / "config.json").items() if k not in ours}
-    if theirs and read_json(source / "config.json").get("model_type") == ours["model_type"]:
-        _write_json(folder / "config.json", ours | theirs)
+    ours, theirs = read_json(folder / "config.json"), read_json(source / "config.json")
+    if theirs.get("model_type") == ours["model_type"]:
+        found = {"block_size": type(config).block_size}
+        found["mask_token_id"] = None if tokenizer is None else mask_of(tokenizer, config.mask_tokens)
+        left_out = {k for k in config.implied if k not in theirs and ours.get(k) == found[k]}
+        _write_json(folder / "config.json", theirs | {k: v for k, v in ours.items() if k not in left_out})
 
 
 def _same(one, other) -> bool:
