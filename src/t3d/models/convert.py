@@ -13,7 +13,7 @@ from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
 from t3d.models.files import check_weights, local_folder, read_json
 from t3d.models.gguf import PACKAGES, as_folder, packaged
-from t3d.models.load import check_mask, load_tokenizer, load_weights
+from t3d.models.load import check_mask, load_tokenizer, load_weights, mask_of
 from t3d.models.recommended import KEY
 from t3d.models.save import SHARD, save_model
 
@@ -93,7 +93,7 @@ def _convert(folder: Path, name, out, block_size: int, mask_token: str, dtype, m
     if tokenizer.mask_token_id is None and not knows_masks:
         tokenizer.add_special_tokens({"mask_token": mask_token})
     if not knows_masks or config.mask_token_id is None:
-        config.mask_token_id = tokenizer.mask_token_id
+        config.mask_token_id = mask_of(tokenizer, config.mask_tokens)
     model = load_weights(family, folder, name, dtype=dtype, device="cpu", config=config)
     if not knows_masks:
         _add_mask(model, config.mask_token_id, words)

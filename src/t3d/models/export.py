@@ -83,7 +83,8 @@ def probe(model) -> torch.Tensor:
     config, generator = model.config, torch.Generator().manual_seed(0)
     length = min(POSITIONS, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator).to(model.device)
-    mask = block_causal_mask(length, config.block_size, model.device)[None, None]
+    block = length if config.attention == "full" else config.block_size
+    mask = block_causal_mask(length, block, model.device)[None, None]
     return model(ids, mask, torch.arange(length, device=model.device)[None]).logits[0].float().cpu()
 
 

@@ -3,8 +3,9 @@
 A family's file says what is particular to it; whatever it does not say is as in SDAR:
 
 - its configuration (`PublishedConfig`): `block_size` and `mask_token_id`, with defaults where published files do not
-  say them; which shifts of the logits there are (`shifts`); `keys` of config.json that transformers calls otherwise;
-  what of it cannot be had (`check`);
+  say them; who sees whom (`attention`, `anchor`); which shifts of the logits there are (`shifts`); `keys` of
+  config.json that transformers calls otherwise; names of the mask and of the tokens that end a turn; what of it cannot
+  be had (`check`);
 - its model (`FamilyModel`): transformers' own class, the autoregressive model that becomes one of it, and how a layer
   is computed (`parts`, `norm_weight`), from which the engine makes its lean forward. The attention mask is the
   caller's, see `t3d.blocks`;
@@ -32,9 +33,18 @@ class PublishedConfig:
 
     logits_shift = 0  # 1: a row's logits predict the next token, as an autoregressive model's; 0: the row's own
     shifts = (0,)  # what `logits_shift` may be
+    attention = "block"  # who is seen: "block": one's own block and all earlier ones; "full": everybody
+    anchor = "start"  # where blocks and windows are counted from: position 0, or the end of the "prompt"
     several_sizes = False  # there are checkpoints whose block size is not the default, and not in their files
-    mask_tokens: ClassVar[tuple[str, ...]] = ()  # names of the mask token, where only the vocabulary has it
     keys: ClassVar[dict[str, str]] = {}  # names in config.json -> names in transformers, where they differ
+    implied = ()  # keys of ours that published files leave out; what loading finds without them is not added
+    mask_tokens = ()  # what tokenizers call the mask that do not say which token it is
+    stop_tokens = ()  # what ends a turn in the chat template
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens are decoded together unless the settings say otherwise; None: the whole response."""
+        return self.block_size
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -9,8 +9,7 @@ class FastDLLMv2Config(PublishedConfig, Qwen2Config):
     """Qwen2's configuration; the block size is `bd_size` in files, and the mask token is only in the tokenizer's."""
 
     model_type = "Fast_dLLM_Qwen"
-    attention = "block"
-    anchor = "start"
+    implied = ("mask_token_id",)
     mask_tokens = ("|<MASK>|",)
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     shifts = (1,)

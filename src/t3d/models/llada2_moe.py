@@ -25,8 +25,7 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     """Glm4Moe's configuration under the published keys, with the block size that all published models have."""
 
     model_type = "llada2_moe"
-    attention = "block"
-    anchor = "start"
+    implied = ("block_size", "mask_token_id")
     mask_tokens = ("<|mask|>",)
     stop_tokens = ("<|role_end|>", "<|endoftext|>")
     keys = {  # noqa: RUF012

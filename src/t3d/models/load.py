@@ -3,13 +3,16 @@
 import os
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
+from t3d.models.sdar import SDARForCausalLM
+
+OWN_TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer}  # a class that is code of the checkpoint: transformers' like it
 
 # Model types that people may try, and why they are not here.
 NOT_HERE = {
@@ -51,8 +54,8 @@ def load_model(
         FAMILIES[family], folder, name, dtype=dtype, device=device, attention=attention, quantisation=quantisation
     )
     tokenizer = load_tokenizer(folder)
-    if model.config.mask_token_id is None:
-        model.config.mask_token_id = tokenizer.mask_token_id if tokenizer is not None else None
+    if model.config.mask_token_id is None and tokenizer is not None:
+        model.config.mask_token_id = mask_of(tokenizer, model.config.mask_tokens)
     check_mask(model.config, name)
     if model.config.several_sizes and "block_size" not in values:
         log.warning(
@@ -60,7 +63,29 @@ def load_model(
             "`t3d convert --block-size`",
             name, model.config.block_size,
         )  # fmt: skip
+    if (stops := _all_stops(stop_ids(model), tokenizer, model.config.stop_tokens)) != stop_ids(model):
+        model.generation_config.eos_token_id = list(stops)
+    if model.generation_config.temperature == 0 and not model.generation_config.do_sample:
+        model.generation_config.temperature = None  # Dream's files say both, which transformers reads but does not write
     return model, tokenizer
+
+
+def mask_of(tokenizer, names: tuple[str, ...]) -> int | None:
+    """The tokenizer's mask token, else the first of `names` that it has."""
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    known = tokenizer.get_added_vocab()
+    return next((known[name] for name in names if name in known), None)
+
+
+def _all_stops(ids: tuple[int, ...], tokenizer, names: tuple[str, ...]) -> tuple[int, ...]:
+    """`ids`, what the files name; without any the tokenizer's; and those of `names` that the tokenizer has."""
+    if tokenizer is None:
+        return ids
+    if not ids and tokenizer.eos_token_id is not None:
+        ids = (tokenizer.eos_token_id,)
+    known = tokenizer.get_added_vocab()
+    return tuple(dict.fromkeys([*ids, *(known[name] for name in names if name in known)]))
 
 
 def check_mask(config, name) -> None:
@@ -124,8 +149,10 @@ def load_tokenizer(name: str | os.PathLike):
         return None
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that the tokenizer's class is not "sdar"'s own
+    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        kind = OWN_TOKENIZERS.get(said.get("tokenizer_class"), AutoTokenizer)
+        return kind.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         raise T3DError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
     finally:
@@ -133,7 +160,7 @@ def load_tokenizer(name: str | os.PathLike):
 
 
 def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """All token ids that end a response: generation_config's list, else config's."""
+    """All token ids that end a response: generation_config's list, which loading completes, else config's."""
     for source in (model.generation_config, model.config):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
@@ -142,7 +169,7 @@ def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def generation_ids(name: str | os.PathLike):
-    """`(tokenizer, stop ids, block size)` of a checkpoint whose weights are not needed, or not there."""
+    """`(tokenizer, stop ids, block size or window)` of a checkpoint whose weights are not needed, or not there."""
     folder = local_folder(name)
     tokenizer, found = load_tokenizer(folder), {}
     if tokenizer is None:
@@ -150,14 +177,11 @@ def generation_ids(name: str | os.PathLike):
     for file in ("config.json", "generation_config.json"):
         if (folder / file).exists():
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
-    ids = found.get("eos_token_id", tokenizer.eos_token_id)
-    stops = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
-    family = FAMILIES.get(found.get("model_type"))
-    return (
-        tokenizer,
-        stops,
-        found.get("block_size", 4) if family is None else family.config_class.from_dict(found).block_size,
-    )
+    family = FAMILIES.get(found.get("model_type"), SDARForCausalLM)
+    config = family.config_class.from_dict(read_json(folder / "config.json"))
+    ids = found.get("eos_token_id", ())
+    stops = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    return tokenizer, _all_stops(stops, tokenizer, config.stop_tokens), config.window
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from t3d.errors import T3DError
 from t3d.models.files import TOKENIZER_FILES, read_json, replacing
-from t3d.models.load import load_tokenizer
+from t3d.models.load import load_tokenizer, mask_of
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
 
 SHARD = "5GB"
@@ -59,23 +59,10 @@ def _carry_over(source: Path, folder: Path, tokenizer, config) -> None:
                 shutil.copy(source / name, folder)
     ours, theirs = read_json(folder / "config.json"), read_json(source / "config.json")
     if theirs.get("model_type") == ours["model_type"]:
-        for key in _implied(config, tokenizer) - theirs.keys():
-            ours.pop(key, None)
-        _write_json(folder / "config.json", theirs | ours)
-
-
-def _implied(config, tokenizer) -> set[str]:
-    """Keys that are found without config.json, where a family's published files leave them out."""
-    found = set()
-    if config.several_sizes:
-        return found
-    if config.block_size == type(config).block_size:
-        found.add("block_size")
-    if tokenizer is not None and config.mask_token_id is not None:
-        names = (tokenizer.mask_token,) if tokenizer.mask_token is not None else config.mask_tokens
-        if tokenizer.convert_ids_to_tokens(config.mask_token_id) in names:
-            found.add("mask_token_id")
-    return found
+        found = {"block_size": type(config).block_size}
+        found["mask_token_id"] = None if tokenizer is None else mask_of(tokenizer, config.mask_tokens)
+        left_out = {k for k in config.implied if k not in theirs and ours.get(k) == found[k]}
+        _write_json(folder / "config.json", theirs | {k: v for k, v in ours.items() if k not in left_out})
 
 
 def _same(one, other) -> bool:

@@ -1,0 +1,24 @@
+"""Dream (arXiv 2508.15487; DreamCoder and DiffuCoder are laid out alike): Qwen2 with full attention, logits of the next."""
+
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from t3d.models.family import FamilyModel, PublishedConfig
+
+
+class DreamConfig(PublishedConfig, Qwen2Config):
+    """Qwen2's configuration with the mask token. No block size: the whole response is decoded at once."""
+
+    model_type = "Dream"
+    attention = "full"
+    anchor = "prompt"
+    logits_shift = 1
+    shifts = (1,)
+    implied = ("block_size",)
+    mask_tokens = ("<|mask|>",)
+    stop_tokens = ("<|im_end|>",)
+    block_size: int | None = None
+    mask_token_id: int | None = None
+
+
+class DreamModel(FamilyModel, Qwen2ForCausalLM):
+    config_class = DreamConfig
