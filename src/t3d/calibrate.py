@@ -112,7 +112,7 @@ def calibrate_promise(
     task, problems = inputs.eval_task, _problems(inputs, split)
     path = checkpoint(name or Path(recipe.run_dir) / "student")
     model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
-    base = DecodingConfig(max_tokens=recipe.eval.max_tokens, seed=recipe.seed).at(model.config.block_size)
+    base = DecodingConfig(max_tokens=recipe.eval.max_tokens, seed=recipe.seed).at(model.config.window)
     reference = reference_setting(base)
     if strategies is None:
         grid = distinct([replace(c, n=1, seed=recipe.seed) for c in recipe.eval.settings(recipe.seed)], base)

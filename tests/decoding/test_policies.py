@@ -44,7 +44,7 @@ def chosen(name, v, **settings):
     policy = POLICIES[name](**settings)
     memory = {key: m.new(v.masked.shape[1], 3)[None] for key, m in policy.memory.items()}
     decision = policy.decide(v, Knobs([policy]), memory)
-    return lawful(decision, v, MASK, lambda: torch.zeros_like(v.tokens)).commit[0].nonzero()[:, 0].tolist()
+    return lawful(decision, v, MASK, lambda: torch.zeros_like(v.tokens), 8).commit[0].nonzero()[:, 0].tolist()
 
 
 def test_static_takes_the_most_confident_and_the_leftmost_of_equals():

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t3d.decoding import DecodingConfig
-from t3d.decoding.laws import MOST_REVISIONS, lawful
+from t3d.decoding.laws import lawful
 from t3d.decoding.policy import FILLED, NEEDS, POLICIES, SHADOW, Decision, Knobs, Memory, Policy, View
 from t3d.decoding.sampling import uniform
 from t3d.engine import Engine
@@ -276,7 +276,7 @@ def test_rule_is_its_definition_for_all_rows_at_once_and_over_steps(name, data):
         blocks = [a_seen(data.draw, n, [0.0, 0.25, 0.5, 0.75, 1.0]) for _ in range(rows)]
         view = as_view(blocks)
         decision = kind.decide(policies[0], view, Knobs(policies), memory)
-        done = lawful(decision, view, MASK, lambda view=view: torch.zeros_like(view.tokens))
+        done = lawful(decision, view, MASK, lambda view=view: torch.zeros_like(view.tokens), 8)
         for row, (seen, _) in enumerate(blocks):
             seen.memory = remembered[row]
             commit, rewrite, remask = RULES[name](seen, policies[row])
@@ -417,8 +417,8 @@ def reference_sample(model, prompt, config, seed):
                 memory=memory,
             )
             commit, rewrite, remask = RULES[name](seen, policy)
-            rewrite = {i: t for i, t in rewrite.items() if revisions[i] < MOST_REVISIONS}
-            remask = [i for i in remask if revisions[i] < MOST_REVISIONS]
+            rewrite = {i: t for i, t in rewrite.items() if revisions[i] < policy.most_revisions}
+            remask = [i for i in remask if revisions[i] < policy.most_revisions]
             for i in commit:
                 ids[base + i], confidence[i], steps[i] = drawn[i][0], drawn[i][1], step
             for i, token in rewrite.items():
@@ -507,9 +507,10 @@ def test_every_rule_ends_with_blocks_in_flight_too(model, data):
     some = [replace(c, blocks_in_flight=data.draw(st.integers(2, 3))) for c in some]
     for t, config in zip(Engine(model).generate(prompts, some), some, strict=True):
         assert model.config.mask_token_id not in t.response_ids
-        assert max(t.revisions or [0]) <= MOST_REVISIONS
+        most = min(config.policy.most_revisions, config.block_size + config.edit_steps)
+        assert max(t.revisions or [0]) <= most
         blocks = len(t.prompt_ids + t.response_ids) // config.block_size - len(t.prompt_ids) // config.block_size
-        assert t.nfe.denoise <= blocks * (config.block_size * (1 + MOST_REVISIONS) + 1)
+        assert t.nfe.denoise <= blocks * (config.block_size * (1 + most) + 1)
 
 
 @dataclass(frozen=True)
@@ -537,7 +538,9 @@ def test_revisions_end_whatever_a_policy_says(model, data):
     assert t.length == 9
     assert model.config.mask_token_id not in t.response_ids
     odd = [(len(prompt) + i) % size % 2 == 1 for i in range(len(t.response_ids))]
-    assert all(n == MOST_REVISIONS for n, edited in zip(t.revisions or [0] * len(odd), odd, strict=True) if edited)
+    assert all(
+        n == Policy.most_revisions for n, edited in zip(t.revisions or [0] * len(odd), odd, strict=True) if edited
+    )
 
 
 class Watcher:

@@ -1,17 +1,19 @@
 """The invariant that training rests on: a noisy block's logits are the decoder's at the same state."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t3d.blocks import block_causal_mask
+from t3d.blocks import block_causal_mask, geometry
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.data import StateDataset
 from t3d.engine import Engine
+from t3d.errors import T3DError
 from t3d.trajectories import NFE, Trajectory
 
 MASK, PAD = 63, 0
@@ -155,3 +157,42 @@ def test_states_depend_on_seed_epoch_and_index_only():
     assert (draw(0, 0, 2) == first).all()
     assert (draw(0, 1, 2) != first).any()
     assert (draw(1, 0, 2) != first).any()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "block_sdpa", "flex_attention"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("kind", ["anchored", "full"])
+def test_states_of_other_families_are_what_their_decoder_saw(kind, shift, attention):
+    """Blocks decoded in one step: where all of one is masked, the confidences are those of the engine."""
+    model = make_model(family="block_llama", logits_shift=shift)
+    model.config.anchor, model.config.attention = "prompt", "full" if kind == "full" else "block"
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 60, n).tolist() for n in (4, 6, 11)]
+    found = Engine(model).generate(prompts, DecodingConfig(steps=1, max_tokens=14, stop_ids=(1, 2, 3)))
+    assert {len(t.response_ids) for t in found} != {14}, "one ends before its canvas does"
+    settings = {"objective": "path", "state": "all_masked", "random_ratio": 0.0, "states_per_sequence": 6}
+    config = T3DConfig(output_dir="unused", use_cpu=True, **settings)
+    dataset = StateDataset(found, config, 4, MASK, vocabulary=60, **geometry(model.config))
+    batch = TrainingBatch(**collate([dataset[i] for i in range(3)], PAD, 4, 10**6, full=kind == "full"))
+    model.set_attn_implementation(attention)
+    layout = batch.layout
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        select = layout.predictors(batch.select, shift)
+        logits = model(batch.input_ids, layout.attention_mask(attention), batch.position, select=select)
+    logits[:, MASK] = -torch.inf
+    confidence = logits.softmax(-1).gather(1, batch.target[:, None])[:, 0]
+    document, position = batch.document.flatten()[batch.select], batch.position.flatten()[batch.select]
+    seen = set()
+    for d, p, mine in zip(document.tolist(), position.tolist(), confidence.tolist(), strict=True):
+        place = p - found[d].origin - len(prompts[d])
+        seen.add((d, place))
+        assert abs(found[d].confidence[place] - mine) < 1e-4
+    assert len(seen) > 12
+
+
+def test_trajectories_of_another_geometry_are_refused():
+    rng = np.random.default_rng(0)
+    config = T3DConfig(output_dir="unused", use_cpu=True)
+    for other in ({"anchored": True}, {"anchored": True, "full": True}):
+        with pytest.raises(T3DError, match="another family"):
+            StateDataset([random_trajectory(rng, 4, 5, 2)], config, 4, MASK, vocabulary=60, **other)

@@ -133,7 +133,10 @@ def test_flights_of_anchored_blocks_begin_where_the_response_does(anchored, prom
     whole = [prompt for prompt in prompts if len(prompt) % 4 == 0]
     mine, others = (Engine(model).generate(whole, config) for model in (anchored, usual))
     assert [(t.response_ids, t.step_map) for t in mine] == [(t.response_ids, t.step_map) for t in others]
-    odd, config = [prompt for prompt in prompts if len(prompt) % 4], replace(config, max_tokens=10)  # a short last block
+    odd, config = (
+        [prompt for prompt in prompts if len(prompt) % 4],
+        replace(config, max_tokens=10),
+    )  # a short last block
     ahead = Engine(anchored).generate(odd, config)
     if "flight" in flight:
         assert [t.response_ids for t in ahead] == [

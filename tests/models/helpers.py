@@ -11,8 +11,6 @@ VARIANTS = [
     for family, model in FAMILIES.items()
     for shift in model.config_class.shifts
 ]
-# Those that the engine and the trainer take: full attention is loaded and saved only, so far.
-BLOCKS = [v for v in VARIANTS if FAMILIES[v.values[0]].config_class().attention == "block"]
 CONVERTED = [v for v in VARIANTS if FAMILIES[v.values[0]].autoregressive is not None]
 
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from t3d.blocks import geometry
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.engine import Engine
@@ -15,7 +17,8 @@ from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model, save_model
 from tests.conftest import make_model
 from tests.engine.reference import reference_decode
-from tests.models.helpers import BLOCKS, VARIANTS, logits, make_variant, plain_class
+from tests.engine.test_geometry import plain_windows
+from tests.models.helpers import VARIANTS, logits, make_variant, plain_class
 
 PUBLISHED = {"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}
 
@@ -91,18 +94,22 @@ def test_selected_logits_are_the_full_logits_there(family, shift):
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8, 32])
-@pytest.mark.parametrize(("family", "shift"), BLOCKS)
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
 def test_the_engine_decodes_as_the_plain_sampler(family, shift, block_size):
     model, rng = make_variant(family, shift, block_size=block_size), random.Random(1)
     prompts = [[rng.randrange(6, 60) for _ in range(rng.randint(1, 21))] for _ in range(6)]
     config = DecodingConfig(steps=(block_size + 1) // 2, max_tokens=10, temperature=1.0, stop_ids=(1, 5))
     for trajectory, prompt in zip(Engine(model, max_batch_size=4).generate(prompts, config), prompts, strict=True):
-        ids, steps, *_ = reference_decode(model, prompt, config, trajectory.seed, (1, 5))
+        if geometry(model.config)["anchored"]:
+            whole = replace(config, block_size=block_size)
+            ids, steps = plain_windows(model, prompt, whole, trajectory.seed, geometry(model.config)["full"])
+        else:
+            ids, steps, *_ = reference_decode(model, prompt, config, trajectory.seed, (1, 5))
         assert (trajectory.response_ids, trajectory.step_map) == (ids, steps)
 
 
 @pytest.mark.parametrize("objective", ["t3d", "mean_field"])
-@pytest.mark.parametrize(("family", "shift"), BLOCKS)
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
 def test_two_training_steps_change_every_weight_and_can_be_saved(tmp_path, family, shift, objective):
     model, rng = make_variant(family, shift), random.Random(2)
     prompts = [[rng.randrange(6, 60) for _ in range(5)] for _ in range(8)]

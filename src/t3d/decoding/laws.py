@@ -2,7 +2,7 @@
 
 - A prompt's token never changes, and the mask is never an answer.
 - Only masks inside the window are committed; a row that must advance commits at least one.
-- Only filled places are rewritten or masked again, each at most `MOST_REVISIONS` times: edits end.
+- Only filled places are rewritten or masked again, each at most so many times as the policy says: edits end.
 - A step masks fewer places again than it commits, so that a block gets fuller until its revisions are used up.
 """
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from t3d.decoding.policy import Decision, View, at_least_one, rank
-
-MOST_REVISIONS = 8  # of one place
 
 
 @dataclass
@@ -27,14 +25,16 @@ class Lawful:
     remask: Tensor | None = None
 
 
-def lawful(decision: Tensor | Decision, view: View, mask_id: int, revisions: Callable[[], Tensor]) -> Lawful:
+def lawful(
+    decision: Tensor | Decision, view: View, mask_id: int, revisions: Callable[[], Tensor], most_revisions: int
+) -> Lawful:
     """What is done of what a policy said. revisions: gives int64 (rows, block), how often each place was revised."""
     if isinstance(decision, Tensor):
         decision = Decision(decision)
     commit = at_least_one(decision.commit & view.masked, view)
     result = Lawful(commit)
     if decision.rewrite is not None or decision.remask is not None:
-        filled = (view.tokens != mask_id) & ~view.fixed & (revisions() < MOST_REVISIONS)
+        filled = (view.tokens != mask_id) & ~view.fixed & (revisions() < most_revisions)
     if decision.rewrite is not None:
         new = result.new = decision.rewrite
         result.rewrite = filled & (new != view.tokens) & (new != mask_id)

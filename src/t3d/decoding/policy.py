@@ -121,6 +121,7 @@ class Policy:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[dict[str, Memory]] = {}
+    most_revisions: ClassVar[int] = 8  # how often it may change one place that is filled, so that edits end
     scheduled: ClassVar[bool] = False  # commits just `quota` masks at every step, so `steps` sets the speed
 
     @property

@@ -119,9 +119,8 @@ class StateDataset(Dataset):
         counted = np.arange(len(response)) < trajectory.length
         supervised_too = counted | self.objective.beyond_length
 
-        clean = np.concatenate([prompt, response])[: max(end - size - origin, 0)]  # nobody sees a clean last block
-        if self.full:
-            clean = clean[:0]
+        last = first if self.full else block_start(end - 1, size)  # nobody sees a clean last block
+        clean = np.concatenate([prompt, response])[: max(last - origin, 0)]
         ids, copies, positions = [clean], [np.full(len(clean), CLEAN)], [origin + np.arange(len(clean))]
         groups = [block_ids(positions[0], size)]
         tail = np.full(start - first, block[0] if len(block) else 0)  # the prompt's, in the first noisy block

@@ -44,7 +44,7 @@ class HeldOut:
         found: dict[str, tuple[float, float]] = {}
         engine = Engine(model, self.tokenizer, **self.engine)
         for steps in self.steps if jobs else ():
-            decoding = DecodingConfig(steps=min(steps, model.config.block_size or steps), max_tokens=self.max_tokens)
+            decoding = DecodingConfig(steps=min(steps, model.config.window or steps), max_tokens=self.max_tokens)
             ended = [answer.trajectory for group in answers(engine, jobs, decoding, self.task) for answer in group]
             right, count = float(sum(bool(t.correct) for t in ended)), float(len(ended))
             tokens, forwards = sum(t.length for t in ended), sum(t.nfe.predicting for t in ended)

@@ -49,6 +49,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Seque
             some,
             batch.mask_id,
             lambda mine=mine: batch.revisions(mine),
+            kind.most_revisions,
         )
         batch.keep(kind, mine, memory)
         for place, number in enumerate(mine):

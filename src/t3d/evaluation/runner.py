@@ -78,7 +78,7 @@ def evaluate(
         root = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
         for config in settings:
-            config = config.at(model.config.block_size).canonical()
+            config = config.at(model.config.window).canonical()
             folder = root / name / setting_name(config)
             _decode(engine, task, problems, prompts, config, folder, metadata, bar)
             dataset = TrajectoryDataset(folder)
@@ -90,7 +90,7 @@ def evaluate(
                     _checked(dataset.select(wanted), prompts, folder),
                     config,
                     name,
-                    model.config.block_size,
+                    model.config.window,
                     objective=objective,
                     hardware=made_with["hardware"],
                     batch_size=made_with["batch_size"],

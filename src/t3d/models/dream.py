@@ -1,4 +1,4 @@
-"""Dream (arXiv 2508.15487; DreamCoder and DiffuCoder are laid out alike): Qwen2 with full attention, logits of the next."""
+"""Dream (arXiv 2508.15487; DreamCoder, DiffuCoder): Qwen2 with full attention; logits predict the next token."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

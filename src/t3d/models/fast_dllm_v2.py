@@ -1,5 +1,7 @@
 """Fast-dLLM v2 (arXiv 2509.26328): Qwen2.5 in blocks of 32 whose logits go on predicting the next token."""
 
+from typing import ClassVar
+
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from t3d.models.family import FamilyModel, PublishedConfig
@@ -13,7 +15,7 @@ class FastDLLMv2Config(PublishedConfig, Qwen2Config):
     mask_tokens = ("|<MASK>|",)
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     shifts = (1,)
-    keys = {"bd_size": "block_size"}  # noqa: RUF012
+    keys: ClassVar = {"bd_size": "block_size"}
     block_size: int = 32
     mask_token_id: int | None = None
     logits_shift = 1  # no key of the files

@@ -1,6 +1,7 @@
 """Loading a checkpoint: an ordinary Hugging Face folder, or a hub id. Which family it is, its `config.json` says."""
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
@@ -66,7 +67,7 @@ def load_model(
     if (stops := _all_stops(stop_ids(model), tokenizer, model.config.stop_tokens)) != stop_ids(model):
         model.generation_config.eos_token_id = list(stops)
     if model.generation_config.temperature == 0 and not model.generation_config.do_sample:
-        model.generation_config.temperature = None  # Dream's files say both, which transformers reads but does not write
+        model.generation_config.temperature = None  # Dream's files say both, and transformers does not write both
     return model, tokenizer
 
 
@@ -177,11 +178,16 @@ def generation_ids(name: str | os.PathLike):
     for file in ("config.json", "generation_config.json"):
         if (folder / file).exists():
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
-    family = FAMILIES.get(found.get("model_type"), SDARForCausalLM)
-    config = family.config_class.from_dict(read_json(folder / "config.json"))
+    config = plain_config(folder)
     ids = found.get("eos_token_id", ())
     stops = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
     return tokenizer, _all_stops(stops, tokenizer, config.stop_tokens), config.window
+
+
+def plain_config(folder: Path):
+    """The configuration of a checkpoint's config.json, as its family reads it; of another family, as SDAR's."""
+    values = read_json(folder / "config.json")
+    return FAMILIES.get(values.get("model_type"), SDARForCausalLM).config_class.from_dict(values)
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

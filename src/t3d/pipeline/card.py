@@ -11,6 +11,7 @@ from t3d.evaluation.results import markdown
 from t3d.evaluation.rows import percent, setting
 from t3d.evaluation.summary import read_summary
 from t3d.models.files import read_json
+from t3d.models.load import plain_config
 from t3d.models.recommended import recommend
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.sources import source
@@ -50,6 +51,10 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
     """The model card, Markdown with the front matter that hubs read."""
     config = read_json(run / "student" / "config.json")
     teacher = recipe.model.path or ("random weights" if recipe.model.architecture else "the embedded teacher of t3d")
+    family = plain_config(run / "student")
+    kind = f"block-diffusion language model, blocks of {family.window} tokens"
+    if family.attention == "full":
+        kind = "masked-diffusion language model of full attention"
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     front += [f"- {tag}" for tag in ("block-diffusion", config["model_type"], "t3d")]
     if recipe.model.path and not Path(recipe.model.path).exists():
@@ -57,7 +62,7 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
     parts = [
         "\n".join([*front, "---"]),
         f"# {run.path.name}",
-        f"A block-diffusion language model (`{config['architectures'][0]}`, blocks of {config['block_size']} tokens), "
+        f"A {kind} (`{config['architectures'][0]}`), "
         f"made of {teacher} with [T3D](https://arxiv.org/abs/2602.12262), objective `{recipe.objective}`.",
         "## How to decode",
         _decode(best),

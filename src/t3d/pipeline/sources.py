@@ -59,7 +59,7 @@ class Solutions:
             raise T3DError(
                 "model: neither generation_config.json nor config.json gives an eos_token_id to end responses"
             )
-        size, count = model.config.block_size, recipe.task.num_train
+        size, count = model.config.window, recipe.task.num_train
         return SolutionDataset(inputs.task, tokenizer, count, size, stops[0], recipe.seed, **geometry(model.config))
 
     def describe(self, folder: Path, recipe: Recipe, task: str) -> str:

@@ -66,8 +66,8 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
         d = served.default
         ours = {
             "context": served.worker.longest,
-            "block_size": d.block_size or served.model.config.block_size,
-            "steps": d.steps or d.block_size or served.model.config.block_size,
+            "block_size": d.block_size or served.model.config.window,
+            "steps": d.steps or d.block_size or served.model.config.window,
         } | {name: getattr(d, name) for name in ("strategy", "flight", *OWNED, "temperature", "top_k", "top_p")}
         return {"id": served.name, "object": "model", "created": started, "owned_by": "t3d", "t3d": ours}
 

@@ -60,7 +60,7 @@ class Served:
         encoded = [
             self.tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in prompts
         ]
-        own = self.model.config.block_size
+        own = self.model.config.window or 1  # none: the whole response, of any length
         block = body.block_size or self.default.block_size or own
         if block > max(own, MAX_BLOCK):
             raise ApiError(400, f"block_size must be at most {max(own, MAX_BLOCK)}, got {block}", param="block_size")

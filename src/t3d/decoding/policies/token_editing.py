@@ -18,6 +18,7 @@ class TokenEditing(Policy):
     """
 
     needs = frozenset({FILLED})
+    most_revisions = 2**15 - 1  # `edit_steps` ends them
     memory: ClassVar = {"edits": Memory(dtype=torch.int64)}
     draft_threshold: float = setting(
         0.5,
