@@ -1,4 +1,4 @@
-"""Dream (arXiv 2508.15487; DreamCoder and DiffuCoder are laid out alike): Qwen2 with full attention, logits of the next."""
+"""Dream (arXiv 2508.15487; DreamCoder and DiffuCoder are alike): Qwen2 with full attention, shifted logits."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -1,6 +1,7 @@
 """LLaDA (arXiv 2502.09992): Llama with full attention, whose files have OLMo's keys and names of weights."""
 
 import json
+from typing import ClassVar
 
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -35,7 +36,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
     implied = ("block_size",)
     mask_tokens = ("<|mdm_mask|>",)
     stop_tokens = ("<|eot_id|>", "<|endoftext|>")
-    keys = {
+    keys: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",

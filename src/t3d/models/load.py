@@ -50,7 +50,7 @@ def load_model(
     if (stops := _all_stops(stop_ids(model), tokenizer, model.config.stop_tokens)) != stop_ids(model):
         model.generation_config.eos_token_id = list(stops)
     if model.generation_config.temperature == 0 and not model.generation_config.do_sample:
-        model.generation_config.temperature = None  # Dream's files say both, which transformers reads but does not write
+        model.generation_config.temperature = None  # as in Dream's files: transformers would refuse to write it
     return model, tokenizer
 
 
