@@ -10,7 +10,7 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
-from t3d.models.sdar import SDARForCausalLM
+from t3d.models.sdar import SDARConfig
 
 OWN_TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer}  # a class that is code of the checkpoint: transformers' like it
 
@@ -161,8 +161,8 @@ def generation_ids(name: str | os.PathLike):
     for file in ("config.json", "generation_config.json"):
         if (folder / file).exists():
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}
-    family = FAMILIES.get(found.get("model_type"), SDARForCausalLM)
-    config = family.config_class.from_dict(read_json(folder / "config.json"))
+    family = FAMILIES.get(found.get("model_type"))
+    config = family.config_class.from_dict(read_json(folder / "config.json")) if family else SDARConfig()
     ids = found.get("eos_token_id", ())
     stops = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
     return tokenizer, _all_stops(stops, tokenizer, config.stop_tokens), config.window
