@@ -15,11 +15,7 @@ from tests.serve.conftest import byte_tokenizer
 def models():
     ids = byte_tokenizer()
     size, tokens = len(ids), {"eos_token_id": ids.eos_token_id}
-    made = {
-        family: make_model(family=family, vocab_size=size, **tokens)
-        for family, kind in FAMILIES.items()
-        if kind.config_class().attention == "block"
-    }
+    made = {family: make_model(family=family, vocab_size=size, **tokens) for family in FAMILIES}
     return made | {"shifted": make_model(family="block_llama", vocab_size=size, logits_shift=1, **tokens)}
 
 

@@ -11,7 +11,7 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
-from t3d.models.sdar import SDARForCausalLM
+from t3d.models.sdar import SDARConfig
 
 OWN_TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer}  # a class that is code of the checkpoint: transformers' like it
 
@@ -185,9 +185,10 @@ def generation_ids(name: str | os.PathLike):
 
 
 def plain_config(folder: Path):
-    """The configuration of a checkpoint's config.json, as its family reads it; of another family, as SDAR's."""
+    """The configuration of a checkpoint's config.json, as its family reads it; of no family, SDAR's defaults."""
     values = read_json(folder / "config.json")
-    return FAMILIES.get(values.get("model_type"), SDARForCausalLM).config_class.from_dict(values)
+    family = FAMILIES.get(values.get("model_type"))
+    return family.config_class.from_dict(values) if family else SDARConfig()
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

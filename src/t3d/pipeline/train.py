@@ -20,7 +20,7 @@ from t3d.embedded import checkpoint as checkpoint_of
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model, load_tokenizer
-from t3d.models.files import check_weights, local_folder
+from t3d.models.files import check_weights, local_folder, read_json
 from t3d.models.load import plain_config
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
@@ -160,12 +160,12 @@ def check_reference(path: str | Path, model, tokenizer) -> None:
     """Raises T3DError, by its small files alone, if a checkpoint cannot be the reference of this student."""
     try:
         folder = local_folder(path)
-        found = plain_config(folder)
+        kind, found = read_json(folder / "config.json").get("model_type"), plain_config(folder)
         check_weights(folder)
     except T3DError as error:
         raise T3DError(f"train.reference_path: {error}") from error
     for name in ("model_type", "block_size", "vocab_size"):
-        mine, other = getattr(model.config, name), getattr(found, name, None)
+        mine, other = getattr(model.config, name), kind if name == "model_type" else getattr(found, name)
         if mine != other:
             raise T3DError(f"train.reference_path: {path} has {name} {other}, the student {mine}")
     if tokenizer_fingerprint(load_tokenizer(folder)) not in (None, tokenizer_fingerprint(tokenizer)):
