@@ -7,13 +7,12 @@ is a file in `flights/`, or a module that an installed package names under the e
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from t3d.blocks import Rule
-from t3d.decoding.policy import step_quotas
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +32,7 @@ class Block:
     step_map: np.ndarray  # int64, the step of the last commit
     confidence: np.ndarray  # float32
     revisions: np.ndarray  # int64
+    quotas: tuple[int, ...]  # how many masks its schedule commits at each step
     step: int = 0  # steps so far that changed something
     changed: bool = True  # whether the last decision did
     memory: "dict[str, Tensor]" = field(default_factory=dict)  # the policy's
@@ -51,24 +51,17 @@ class Block:
         return 1.0 - float(self.masked().mean())
 
     def copy(self) -> "Block":
-        arrays = (self.tokens, self.fixed, self.step_map, self.confidence, self.revisions)
+        names = ("tokens", "fixed", "step_map", "confidence", "revisions")
         memory = {name: value.clone() for name, value in self.memory.items()}
-        return Block(self.start, self.mask_id, *(a.copy() for a in arrays), self.step, self.changed, memory)
+        return replace(self, memory=memory, **{name: getattr(self, name).copy() for name in names})
 
-    def quotas(self, config) -> tuple[int, ...]:
-        """k_s: how many masks the schedule commits at each step."""
-        masks = len(self.fixed) - int(self.fixed.sum())
-        return step_quotas(config.schedule, len(self.fixed), masks, config.steps)
+    def quota(self, step: int | None = None) -> int:
+        """k_s: how many masks the schedule commits at a step, by default the next one."""
+        return self.quotas[min(self.step if step is None else step, len(self.quotas) - 1)]
 
-    def quota(self, config, step: int | None = None) -> int:
-        """That of one step, by default the next one."""
-        quotas = self.quotas(config)
-        return quotas[min(self.step if step is None else step, len(quotas) - 1)]
-
-    def skip(self, config) -> None:
+    def skip(self) -> None:
         """Go past steps that commit nothing: their forward would change nothing."""
-        quotas = self.quotas(config)
-        while self.step < len(quotas) and not quotas[self.step]:
+        while self.step < len(self.quotas) and not self.quotas[self.step]:
             self.step += 1
 
     def same(self, other: "Block") -> bool:

@@ -120,7 +120,7 @@ class _Batch:
         token, confidence = one_copy[0].long(), one_copy[1].float()
         self._find_failures(confidence, position)
         masked_tensor = torch.from_numpy(masked)
-        quota = [min(b.quota(c), n) for c, b, n in zip(configs, self.blocks, masked.sum(1).tolist(), strict=True)]
+        quota = [min(b.quota(), n) for b, n in zip(self.blocks, masked.sum(1).tolist(), strict=True)]
         inside = confidence.where(open_, -torch.inf)
         view = View(
             tokens=torch.from_numpy(tokens),

@@ -10,6 +10,7 @@ from t3d import blocks
 from t3d.blocks import block_start, whole_blocks
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.flight import Block, Segment
+from t3d.decoding.policy import step_quotas
 from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory
 
@@ -181,12 +182,14 @@ class Sequence:
 
     def new_block(self, start: int) -> Block:
         """The block at `start` as decoding begins it: the prompt's tail, if it lies there, and masks."""
-        tokens = self.tokens[start : start + self.request.config.block_size].copy()
+        config = self.request.config
+        tokens = self.tokens[start : start + config.block_size].copy()
         size = len(tokens)
         fixed = np.arange(start, start + size) < self.request.start
-        zeros = np.zeros(size, dtype=np.int64)
-        block = Block(start, self.mask_id, tokens, fixed, zeros, np.zeros(size, dtype=np.float32), zeros.copy())
-        block.skip(self.request.config)
+        quotas = step_quotas(config.schedule, size, size - int(fixed.sum()), config.steps)
+        zeros, unsure = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.float32)
+        block = Block(start, self.mask_id, tokens, fixed, zeros, unsure, zeros.copy(), quotas)
+        block.skip()
         return block
 
     def canvas(self, segment: Segment) -> Segment:
@@ -220,7 +223,7 @@ class Sequence:
         if not draft:
             self.tell(block, places)
         block.step += 1
-        block.skip(self.request.config)
+        block.skip()
 
     def reopen(self, block: Block, places: np.ndarray) -> None:
         """Mask places of the block again, int64 (n,), n >= 1, before its next step."""

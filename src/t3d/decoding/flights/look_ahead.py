@@ -136,11 +136,10 @@ class LookAhead(Flight):
 
     def may_complete(self, block: Block, sequence) -> bool:
         """Whether the decisions before the last draft can complete the block."""
-        config, left = sequence.request.config, int(block.masked().sum())
-        if not sequence.policy.scheduled or config.window is not None:
+        if not sequence.policy.scheduled or sequence.request.config.window is not None:
             return True
         steps = range(block.step, block.step + self.depth)
-        return left <= sum(block.quota(config, step) for step in steps)
+        return block.masked().sum() <= sum(map(block.quota, steps))
 
     def drafts(self, state: State, copies: list[Copy], logits, sequence):
         """The most probable states that may follow, by the logits of the forward that led to `state`.
