@@ -31,6 +31,7 @@ def view(confidence, entropy=None, masked=None, quota=1, uniform=None, must=True
         progress=torch.tensor([1.0]),
         must=torch.tensor([must]),
         entropy=torch.tensor([entropy or [0.0] * n]).masked_fill(~masked, torch.inf),
+        margin=torch.tensor([confidence]).masked_fill(~masked, -torch.inf),
         uniform=torch.tensor([uniform or [0.0] * n]),
         expected=tokens + 50,
         certainty=torch.full((1, n), 0.5).masked_fill(masked, -torch.inf),

@@ -74,7 +74,7 @@ def test_frequencies_are_the_distribution(temperature, top_k, top_p):
     expected = torch.zeros(6).index_copy(0, kept, want[kept] / want[kept].sum())
     n = 50_000
     u = (torch.arange(n) + 0.5) / n  # every quantile once: frequencies are exact up to 1/n per token
-    tokens, _, _ = draw(logits.expand(n, 6), temperature, top_k, top_p, u)
+    tokens, _, _, _ = draw(logits.expand(n, 6), temperature, top_k, top_p, u)
     got = torch.bincount(tokens, minlength=6) / n
     assert torch.allclose(got, expected, atol=1e-3)
     assert got[4] == 0
@@ -84,9 +84,9 @@ def test_confidence_does_not_depend_on_temperature_unless_asked():
     torch.manual_seed(0)
     logits, u = torch.randn(100, 20), torch.rand(100)
     for temperature, top_k in ((0.5, 0), (2.0, 5)):
-        tokens, confidence, _ = draw(logits, temperature, top_k, u=u)
+        tokens, confidence, _, _ = draw(logits, temperature, top_k, u=u)
         assert torch.allclose(confidence, logits.softmax(-1)[torch.arange(100), tokens])
-        same, own, _ = draw(logits, temperature, top_k, u=u, own=True)
+        same, own, _, _ = draw(logits, temperature, top_k, u=u, own=True)
         assert torch.equal(tokens, same)
         if not top_k:
             assert torch.allclose(own, (logits / temperature).softmax(-1)[torch.arange(100), tokens])
@@ -97,7 +97,7 @@ def test_confidence_does_not_depend_on_temperature_unless_asked():
 def test_greedy_is_argmax_with_its_probability():
     torch.manual_seed(0)
     logits = torch.randn(50, 30)
-    tokens, confidence, entropy = draw(logits, temperature=0.0, entropy=True)
+    tokens, confidence, entropy, _ = draw(logits, temperature=0.0, entropy=True)
     p = logits.softmax(-1)
     assert torch.equal(tokens, p.argmax(-1))
     assert torch.allclose(confidence, p.max(-1).values)
@@ -106,7 +106,7 @@ def test_greedy_is_argmax_with_its_probability():
 
 def test_entropy_with_impossible_tokens():
     logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf], [5.0, -torch.inf, -torch.inf, -torch.inf]])
-    _, _, entropy = draw(logits, temperature=0.0, entropy=True)
+    _, _, entropy, _ = draw(logits, temperature=0.0, entropy=True)
     assert torch.allclose(entropy, torch.tensor([math.log(2), 0.0]), atol=1e-6)
 
 
@@ -131,5 +131,5 @@ def test_a_row_is_drawn_alike_whatever_is_beside_it(data):
 def test_the_last_quantile_never_draws_an_impossible_token():
     logits = torch.tensor([[1.0, 2.0, 0.5, -torch.inf]])
     for _ in range(3):
-        tokens, _, _ = draw(logits, u=torch.tensor([1 - 2.0**-24]))
+        tokens, _, _, _ = draw(logits, u=torch.tensor([1 - 2.0**-24]))
         assert int(tokens) == 2
