@@ -191,6 +191,14 @@ def plain_config(folder: Path):
     return family.config_class.from_dict(values) if family else SDARConfig()
 
 
+def cast(model: torch.nn.Module, dtype: torch.dtype | None):
+    """The model with its weights in `dtype`, in place. Buffers (rotary frequencies, what routers add) keep theirs, as
+    in loading, and unlike in `model.to(dtype)`."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None or isinstance(name, torch.dtype):
         return name

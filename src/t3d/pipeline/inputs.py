@@ -16,6 +16,7 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.models.files import first_line, local_folder
+from t3d.models.load import cast
 from t3d.tasks import Problem, Task, get_task
 from t3d.tasks.base import DROP
 
@@ -195,4 +196,4 @@ def new_model(config: PretrainedConfig, seed: int, dtype: str | None, device: st
         raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
     stops = [token for token in (config.eos_token_id, config.pad_token_id) if token is not None]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=config.pad_token_id)
-    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else torch.float32).eval()
+    return cast(model, getattr(torch, dtype) if dtype else torch.float32).to(device).eval()
