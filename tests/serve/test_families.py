@@ -8,6 +8,7 @@ from conftest import make_model
 
 from t3d import DecodingConfig, Engine
 from t3d.models import FAMILIES, save_model
+from t3d.models.recommended import recommended
 from tests.serve.conftest import byte_tokenizer
 
 
@@ -31,5 +32,7 @@ def test_every_family_answers_as_offline(start, models, tmp_path):
         )
         with urllib.request.urlopen(request) as response:
             text = json.load(response)["choices"][0]["text"]
-        (offline,) = Engine(model, tokenizer).generate(["the answer"], DecodingConfig(max_tokens=12))
+        (offline,) = Engine(model, tokenizer).generate(
+            ["the answer"], DecodingConfig(**recommended(model), max_tokens=12)
+        )
         assert text == offline.text
