@@ -100,9 +100,10 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
     "folder", [path for path in sorted(SMALL_ONES.iterdir()) if path.is_dir()], ids=lambda p: p.name
 )
 def test_every_family_from_rollout_to_export(t3d, write_recipe, folder):
-    teacher, _ = load_model(folder, device="cpu")
+    teacher, tokenizer = load_model(folder, device="cpu")
     full = teacher.config.attention == "full"
     rows = [{"question": f"w{i} w{i + 1}", "answer": str(i)} for i in range(6)]
+    rows[0]["question"] += tokenizer.convert_ids_to_tokens(teacher.config.mask_token_id)  # in no config.json of some
     (t3d.folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = {"name": "prompts", "path": "asked.jsonl", "eval_path": "asked.jsonl", "template": "{question}"}
     objective = "mean_field" if full else "t3d"
@@ -112,10 +113,11 @@ def test_every_family_from_rollout_to_export(t3d, write_recipe, folder):
         task=asked | {"num_train": 4, "num_eval": 2, "bad_prompts": "drop"},
         rollout={"max_tokens": 40},
         train={"objective": objective, "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2},
-        eval={"grid": [{"steps": 4}], "max_tokens": 40, "oracle": not full},
+        eval={"grid": [{"steps": 4}], "max_tokens": 12, "oracle": not full},
     )
     done = t3d("run", recipe)
     assert done.code == 0, done.stderr
+    assert "training: 1 of 4 prompts dropped" in done.stderr
     run = t3d.folder / "runs" / "recipe"
     assert {len(t.response_ids) for t in TrajectoryDataset(run / "rollout")} <= {32, 40, *range(57, 65)}
     assert [row["steps"] for row in json.loads((run / "summary.json").read_text())["rows"]] == [4, 4]
