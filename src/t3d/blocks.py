@@ -41,6 +41,14 @@ def geometry(model_config) -> dict[str, bool]:
     return {"anchored": full or getattr(model_config, "anchor", "start") == "prompt", "full": full}
 
 
+def check_blocks(model_config, what: str) -> None:
+    """Raises T3DError for a model of full attention, naming `what` needs that earlier blocks do not see later ones."""
+    if geometry(model_config)["full"]:
+        raise T3DError(
+            f"{what} needs blocks that see only earlier ones, but in this model every token sees every other"
+        )
+
+
 def block_start(position, block_size: int):
     """First position of the block that `position` lies in; of a length, the end of its last whole block."""
     return position // block_size * block_size

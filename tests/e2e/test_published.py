@@ -1,7 +1,9 @@
-"""A checkpoint as it is published: SDAR-4B-Chat's own tokenizer and config.json, small random weights in its layout."""
+"""Checkpoints as they are published, from rollout to export: SDAR-4B-Chat's own tokenizer and config.json with small
+random weights in its layout, and the small models of other families, whose files are laid out as the published ones."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from t3d.models import load_model, stop_ids
 from t3d.trajectories import TrajectoryDataset
 from tests.models.helpers import logits
 
+SMALL_ONES = Path(__file__).parents[1] / "models" / "published"
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 SMALL |= {"intermediate_size": 32, "max_window_layers": 2}
 EXPERTS = {
@@ -91,3 +94,53 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
         torch.testing.assert_close(logits(again), logits(student), atol=0.05, rtol=0.05)
     again, _ = load_model(t3d.folder / "out", device="cpu")
     assert torch.equal(logits(again), logits(student))
+
+
+@pytest.mark.parametrize(
+    "folder", [path for path in sorted(SMALL_ONES.iterdir()) if path.is_dir()], ids=lambda p: p.name
+)
+def test_every_family_from_rollout_to_export(t3d, write_recipe, folder):
+    teacher, tokenizer = load_model(folder, device="cpu")
+    full = teacher.config.attention == "full"
+    rows = [{"question": f"w{i} w{i + 1}", "answer": str(i)} for i in range(6)]
+    rows[0]["question"] += tokenizer.convert_ids_to_tokens(teacher.config.mask_token_id)  # in no config.json of some
+    (t3d.folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"name": "prompts", "path": "asked.jsonl", "eval_path": "asked.jsonl", "template": "{question}"}
+    objective = "mean_field" if full else "t3d"
+    recipe = write_recipe(
+        t3d.folder,
+        model={"path": str(folder)},
+        task=asked | {"num_train": 4, "num_eval": 2, "bad_prompts": "drop"},
+        rollout={"max_tokens": 40},
+        train={"objective": objective, "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2},
+        eval={"grid": [{"steps": 4}], "max_tokens": 12, "oracle": not full},
+    )
+    done = t3d("run", recipe)
+    assert done.code == 0, done.stderr
+    assert "training: 1 of 4 prompts dropped" in done.stderr
+    run = t3d.folder / "runs" / "recipe"
+    assert {len(t.response_ids) for t in TrajectoryDataset(run / "rollout")} <= {32, 40, *range(57, 65)}
+    assert [row["steps"] for row in json.loads((run / "summary.json").read_text())["rows"]] == [4, 4]
+    student, _ = load_model(run / "student", device="cpu")
+    weights = dict(student.named_parameters())
+    assert any(not torch.equal(w, weights[n]) for n, w in teacher.named_parameters())
+    for name, buffer in teacher.named_buffers():  # the router's bias is one, and is saved
+        assert torch.equal(buffer, dict(student.named_buffers())[name])
+    assert (student.config.mask_token_id, stop_ids(student)) == (teacher.config.mask_token_id, stop_ids(teacher))
+    done = t3d("export", "runs/recipe/student", "out")
+    assert "logits differ by at most 0," in done.stdout, done.stderr
+    answers = [t3d("generate", name, "w1 w2", "--max-tokens", "20") for name in ("out", "runs/recipe/student")]
+    assert answers[0].stdout == answers[1].stdout
+    assert "tokens per forward" in answers[0].stderr
+    done = t3d("export", "out", "for-sglang", "--for", "sglang")
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
+    assert "sglang cannot serve it: it knows sdar and sdar_moe" in done.stderr
+    for command in (["plan", recipe], ["show", "runs/recipe/rollout"]):
+        done = t3d(*command)
+        assert (done.code, done.stderr) == (0, "")
+    done = t3d("calibrate", recipe, "--strategy", "low_confidence_dynamic", "--tpf", "1", "--split", "train")
+    assert done.code == 0, done.stderr
+    if full:
+        done = t3d("eval", recipe, "eval.oracle=true")
+        assert (done.code, done.stderr.count("\n")) == (2, 1)
+        assert "eval.oracle needs blocks that see only earlier ones" in done.stderr

@@ -43,6 +43,20 @@ def prompts():
     return [[rng.randrange(6, 60) for _ in range(n)] for n in (1, 3, 4, 8, 13, 16)]
 
 
+@pytest.mark.parametrize("attention", ["block", "full"])
+def test_the_whole_context_can_be_used(attention):
+    """Where the first token's position is far from 0, too, as with blocks as long as the response."""
+    model, long = family(attention), family(attention)
+    model.config.max_position_embeddings = 48
+    config = DecodingConfig(block_size=40, max_tokens=40, steps=4, ignore_eos=True)
+    for guided in (config, replace(config, guidance_scale=0.5)):
+        (t,) = Engine(model).generate([[7] * 8], guided)
+        assert t.origin == 32
+        assert t.response_ids == Engine(long).generate([[7] * 8], guided)[0].response_ids
+    with pytest.raises(T3DError, match="max_tokens = 40 49 positions, but the model's context is 48"):
+        Engine(model).generate([[7] * 9], config)
+
+
 @torch.no_grad()
 def plain_windows(model, prompt, config, seed, canvas=True):
     """(response, step map) of windows from the prompt's end: on a canvas that all see, or as blocks; nothing cached."""

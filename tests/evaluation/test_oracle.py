@@ -13,6 +13,7 @@ from t3d import DecodingConfig, Engine
 from t3d.blocks import block_causal_mask
 from t3d.decoding.guarantee import reference_setting
 from t3d.decoding.policy import POLICIES
+from t3d.errors import T3DError
 from t3d.evaluation import oracle as module
 from t3d.evaluation.oracle import agreement, fewest, oracle
 
@@ -20,24 +21,25 @@ PROMPTS = [[7 + i, 8, 9 + i, 10, 11, 12 + i][: 1 + i % 6] for i in range(8)]
 
 
 @functools.cache
-def decoded(block_size: int, seed: int = 0, **more):
+def decoded(block_size: int, seed: int = 0, max_tokens: int = 16, **more):
     """(model, engine, reference settings, reference answers)"""
     model = make_model(block_size=block_size, seed=seed, **more)
     engine = Engine(model)
-    config = reference_setting(DecodingConfig(max_tokens=16, stop_ids=()).at(block_size))
+    config = reference_setting(DecodingConfig(max_tokens=max_tokens, stop_ids=()).at(block_size))
     return model, engine, config, engine.generate(PROMPTS, config)
 
 
 def plainly_agreeing(model, t, start, state) -> int:
     """The places by the model's plain forward on what a decoder has in front of it: no copies, no batch."""
     whole, size, mask_id = [*t.prompt_ids, *t.response_ids], t.block_size, model.config.mask_token_id
-    shown = [whole[start + i] if state >> i & 1 else mask_id for i in range(size)]
+    start -= t.origin  # from the first token
+    shown = [token if state >> i & 1 else mask_id for i, token in enumerate(whole[start : start + size])]
     ids = torch.tensor([whole[:start] + shown])
-    mask = block_causal_mask(ids.shape[1], size)[None, None]
+    mask = block_causal_mask(t.origin + ids.shape[1], size)[None, None, t.origin :, t.origin :]
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits[0]
     logits[:, mask_id] = -torch.inf
-    places = (i for i in range(size) if not state >> i & 1)
+    places = (i for i in range(len(shown)) if not state >> i & 1)
     return sum(1 << i for i in places if int(logits[start + i].argmax()) == whole[start + i])
 
 
@@ -79,6 +81,24 @@ def test_the_fewest_forwards_of_all_ways(block_size):
             agree = functools.partial(plainly_agreeing, model, t, start)
             wanted += brute_force(given, block_size, agree)
         assert found == wanted
+
+
+@pytest.mark.parametrize("family", ["a2d-qwen3", "Fast_dLLM_Qwen"])
+def test_blocks_that_begin_at_the_response_and_logits_of_the_next_token(family):
+    model, _, _, references = decoded(4, max_tokens=14, family=family)
+    for t, found in zip(references, oracle(model, references, batch_size=3), strict=True):
+        first, end, wanted = t.origin + len(t.prompt_ids), t.origin + len(t.prompt_ids + t.response_ids), 0
+        assert (first % 4 == 0 and end % 4 == 2) == t.anchored == (family == "a2d-qwen3")
+        for start in range(first // 4 * 4, end, 4):
+            agree = functools.partial(plainly_agreeing, model, t, start)
+            wanted += brute_force((1 << max(0, first - start)) - 1, min(4, end - start), agree)
+        assert found == wanted
+
+
+def test_full_attention_is_refused():
+    model, _, _, references = decoded(4, family="llada")
+    with pytest.raises(T3DError, match="the oracle needs blocks that see only earlier ones"):
+        oracle(model, references)
 
 
 @settings(max_examples=200, deadline=None)

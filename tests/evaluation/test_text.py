@@ -31,10 +31,12 @@ def test_likelihoods_of_all_responses_sum_to_one(seed):
     assert total == pytest.approx(1, abs=1e-4)
 
 
-def test_left_to_right_likelihood_is_the_decoders():
-    """Token by token, from the states that a decoder would see."""
+@pytest.mark.parametrize("family", ["sdar", "a2d-qwen3", "Fast_dLLM_Qwen"])
+def test_left_to_right_likelihood_is_the_decoders(family):
+    """Token by token, from the states that a decoder would see; of `a2d` blocks begin at the response."""
     block = 4
-    model = make_model(block_size=block)
+    model = make_model(block_size=block, family=family)
+    begin = 2 if family == "a2d-qwen3" else 0  # of the first token, behind whose 6 a block begins
     torch.manual_seed(0)
     tokens = torch.randint(0, 63, (13,)).tolist()
     context, ids = tokens[:6], tokens[6:]
@@ -42,9 +44,9 @@ def test_left_to_right_likelihood_is_the_decoders():
         found = block_log_likelihood(model, context, ids)
         for i, expected in enumerate(ids):
             seen = tokens[: 6 + i]
-            state = seen + [63] * (-len(seen) % block or block)
-            mask = block_causal_mask(len(state), block)[None, None]
-            logits = model(input_ids=torch.tensor([state]), attention_mask={"full_attention": mask}).logits
+            state = seen + [63] * (-(begin + len(seen)) % block or block)
+            mask = block_causal_mask(begin + len(state), block)[None, None, begin:, begin:]
+            logits = model(input_ids=torch.tensor([state]), attention_mask=mask).logits
             logits = logits[0, len(seen)].float()
             logits[63] = -torch.inf
             assert found[i] == pytest.approx(logits.log_softmax(-1)[expected].item(), abs=1e-4)
@@ -86,6 +88,13 @@ def test_scorer_from_a_folder(tmp_path):
         scorer.log_likelihood([], [5] * 600)
     with pytest.raises(T3DError, match="cannot load the scorer"):
         load_scorer(str(tmp_path / "nothing"))
+
+
+def test_a_scorer_of_full_attention_is_refused(tmp_path):
+    tokenizer = build_tokenizer()
+    save_model(make_model(vocab_size=len(tokenizer) + 1, family="llada"), tmp_path / "model", tokenizer)
+    with pytest.raises(T3DError, match="the scorer needs blocks that see only earlier ones"):
+        load_scorer(str(tmp_path / "model"), device="cpu")
 
 
 def test_distinct_by_hand():

@@ -13,8 +13,10 @@ from t3d.blocks import geometry
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.engine import Engine
+from t3d.engine.ray_engine import _pack, _unpack
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model, save_model
+from t3d.models.load import cast
 from tests.conftest import make_model
 from tests.engine.reference import reference_decode
 from tests.engine.test_geometry import plain_windows
@@ -44,6 +46,19 @@ def test_save_and_load_give_identical_logits(tmp_path, family, shift, shards, ti
     assert torch.equal(logits(again), logits(model))
     half, _ = load_model(tmp_path / "m", dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada2_moe"])
+def test_another_dtype_is_the_same_loaded_and_cast(tmp_path, family):
+    """As in a file that is loaded, neither rotary frequencies nor what routers add are rounded."""
+    model = make_model(family=family, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer += torch.linspace(0, 0.3, len(buffer))
+    save_model(model, tmp_path / "m")
+    half, _ = load_model(tmp_path / "m", dtype="bfloat16")
+    assert torch.equal(logits(cast(model, torch.bfloat16)), logits(half))
+    assert torch.equal(logits(_unpack(_pack(half))), logits(half))
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

@@ -1,6 +1,7 @@
 """What the public code of other families makes of small weights of the published layout: see published/README.md."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 
 from t3d.blocks import Layout
 from t3d.errors import T3DError
-from t3d.models import load_model, save_model, stop_ids
+from t3d.models import FAMILIES, load_model, save_model, stop_ids
+from t3d.models.convert import convert
 from t3d.models.load import generation_ids
 from tests.models.helpers import plain_class
 
@@ -138,22 +140,51 @@ def test_widths_that_llada_derives(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("llada", {"mask_token_id": 128}, "mask_token_id is 128, outside of the vocabulary of 128 tokens"),
-        ("llada", {"logits_shift": 1}, "logits_shift is 1, but model type 'llada' has 0"),
         ("llada", {"block_type": "sequential"}, "block_type is 'sequential', but of LLaDA only 'llama'"),
         ("llada", {"activation_type": "gelu"}, "activation_type is 'gelu', but of LLaDA only 'silu'"),
-        ("dream", {"logits_shift": 0}, "logits_shift is 0, but model type 'Dream' has 1"),
         ("dream", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
-        ("a2d_bd3lm", {}, "which token is the mask"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(tmp_path, name, changes, words):
     shutil.copytree(Path(__file__).parent / "published" / name, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text()) | changes
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    if not changes:
-        (tmp_path / "m" / "tokenizer.json").unlink()
-        (tmp_path / "m" / "tokenizer_config.json").unlink()
     with pytest.raises(T3DError, match=words) as error:
         load_model(tmp_path / "m")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", ["shift", 128, -1, "<|mask|>", None], ids=str)
+@EVERY
+def test_a_shift_or_a_mask_that_cannot_be_is_one_line(tmp_path, folder, wrong):
+    """To load and to convert. None: no file says which token is the mask."""
+    shutil.copytree(folder, tmp_path / "m")
+    path, words = tmp_path / "m" / "config.json", f"mask_token_id is {wrong!r}, outside of the vocabulary"
+    config = json.loads(path.read_text()) | {"mask_token_id": wrong}
+    if wrong == "shift":
+        own = FAMILIES[config["model_type"]].config_class.logits_shift
+        del config["mask_token_id"]
+        config["logits_shift"], words = 1 - own, f"logits_shift is {1 - own}, but model type .* has {own}"
+    if wrong is None:
+        words = "neither config.json nor the tokenizer says which token is the mask"
+        for file in (tmp_path / "m").glob("*token*.json"):
+            file.write_text(re.sub(r"<\|(mdm_)?mask\|>|\|<MASK>\|", "<|other|>", file.read_text(), flags=re.I))
+        file = tmp_path / "m" / "tokenizer_config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "mask_token"}))
+    path.write_text(json.dumps(config))
+    for act in (load_model, lambda folder: convert(folder, tmp_path / "out", block_size=8)):
+        with pytest.raises(T3DError, match=words) as error:
+            act(tmp_path / "m")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@EVERY
+def test_conversion_keeps_the_shift(tmp_path, folder):
+    """And gives other blocks; a shift that contradicts the family is refused."""
+    shift = load_model(folder)[0].config.logits_shift
+    convert(folder, tmp_path / "out", block_size=8, shift=bool(shift))
+    config = load_model(tmp_path / "out")[0].config
+    assert (config.logits_shift, config.block_size) == (shift, 8)
+    with pytest.raises(T3DError, match="the shift, which stays so; leave --shift out"):
+        convert(folder, tmp_path / "other", block_size=8, shift=not shift)

@@ -1,6 +1,7 @@
 """The engine decodes every family as its published code does, token for token and step for step."""
 
 import json
+import shutil
 from math import ceil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from t3d.decoding import DecodingConfig
 from t3d.engine import Engine
 from t3d.models import load_model
+from t3d.models.recommended import recommend, recommended
 
 FOLDER = Path(__file__).parent / "published"
 DREAM = {"maskgit_plus": "low_confidence_static", "topk_margin": "margin", "entropy": "entropy"}
@@ -96,3 +98,19 @@ def test_the_published_sampler(file):
         assert [t.response_ids[i] for i in written] == [run["ids"][i] for i in written], run["settings"]
         assert [t.step_map[i] for i in written] == [steps[i] for i in written], run["settings"]
     assert len(runs) >= 12
+
+
+@pytest.mark.parametrize("file", [file for file in SAMPLERS if "runs21" not in file])
+def test_a_checkpoint_that_recommends_nothing_is_decoded_as_published(file, tmp_path):
+    """The settings of a run of the published code, but for how long blocks are and how many steps they have."""
+    shutil.copytree(FOLDER / Path(file).parent, tmp_path / "m")
+    own = recommended(tmp_path / "m")
+    sizes = {"block_size", "steps", "window", "threshold"}
+    runs = [SAMPLERS[file](run["settings"]) for run in json.loads((FOLDER / file).read_text())["runs"]]
+    assert {k: v for k, v in own.items() if k not in sizes} in [{k: r[k] for k in r if k not in sizes} for r in runs]
+    assert sizes & set(own) == {"window", "threshold"} & set(runs[0])
+    model, _ = load_model(tmp_path / "m", device="cpu")
+    assert recommended(model) == own
+    recommend(tmp_path / "m", {"steps": 2})
+    assert recommended(tmp_path / "m") == {"steps": 2}
+    assert Engine(model).generate([[1, 2, 3]], DecodingConfig(**own, max_tokens=8))[0].response_ids

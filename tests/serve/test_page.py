@@ -108,7 +108,7 @@ def test_tokens_are_text(page):
     """Even if a model writes markup."""
     told = {"step": 0, "places": [0, 1, 2, 3], "tokens": [HOSTILE] * 4, "token_ids": [1] * 4, "confidence": [1] * 4}
     told |= {"forward": 1, "block": 0}
-    chunks = [{"block_size": 4, "steps": 1, "prompt_tokens": 4}, told]
+    chunks = [{"block_size": 4, "steps": 1, "prompt_tokens": 4, "tail": 0}, told]
     script = "state.panes[0].take({choices: [{t3d: %s}]})"
     for chunk in chunks:
         page.run(script % json.dumps(chunk))
@@ -197,7 +197,7 @@ def test_what_was_taken_back_is_seen(page):
     """A token that becomes a mask again, and one that is written anew, each at its forward."""
     common = {"block": 0, "token_ids": [1], "confidence": [0.5]}
     chunks = [
-        {"block_size": 2, "steps": 2, "prompt_tokens": 2},
+        {"block_size": 2, "steps": 2, "prompt_tokens": 2, "tail": 0},
         common | {"forward": 1, "step": 0, "places": [0], "tokens": ["a"]},
         common | {"forward": 2, "step": 1, "places": [0, 1], "tokens": [None, "b"], "confidence": [0, 0.5]},
         common | {"forward": 4, "step": 2, "places": [0], "tokens": ["c"]},

@@ -55,8 +55,8 @@ def generate_command(
 ) -> None:
     """Answer one prompt; the tokens, forwards and time go to stderr.
 
-    Decoded as the checkpoint recommends in generation_config.json, else greedily with as many steps as a block has
-    tokens; what is given here goes first.
+    Decoded as the checkpoint recommends in generation_config.json, else as its family is published: greedily, most with
+    as many steps as a block has tokens; what is given here goes first.
     """
     from t3d.generate import generate
     from t3d.log import to_terminal
@@ -197,7 +197,7 @@ def serve_command(
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
     Requests that do not say how to decode are decoded as is given here, else as the checkpoint recommends in
-    generation_config.json, else greedily with as many steps as a block has tokens.
+    generation_config.json, else as its family is published: greedily, most with as many steps as a block has tokens.
     """
     try:
         from t3d.serve.server import serve

@@ -9,6 +9,7 @@ from torch import nn
 from t3d.distill.lora import STUDENT, merged
 from t3d.distill.sharding import Sharding
 from t3d.models import FAMILIES
+from t3d.models.load import cast
 
 
 def whole_student(
@@ -21,15 +22,16 @@ def whole_student(
     """
     model = sharding.unwrap(wrapped)
     adapted, weights = hasattr(model, "peft_config"), {}
+    student = None if adapted else empty_like(model, "meta", dtype)
+    dtypes = {} if adapted else {name: weight.dtype for name, weight in student.state_dict().items()}
     for name, weight in sharding.whole_weights(wrapped):
         if main and (not adapted or f".{STUDENT}." in name):
-            weights[name] = weight.to("cpu", None if adapted else dtype)
+            weights[name] = weight.to("cpu", dtypes.get(name))
     if not main:
         return None
     if adapted:
         model.save_pretrained(adapter, state_dict=weights, selected_adapters=[STUDENT])
-        return merged(base(), adapter).to(dtype)
-    student = empty_like(model, "meta", dtype)
+        return cast(merged(base(), adapter), dtype)
     student.load_state_dict(weights, strict=False, assign=True)
     student.tie_weights()
     return student
@@ -39,6 +41,6 @@ def empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
     """A model of the same family and configuration, its weights not initialised; `model` may be sharded."""
     family = next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
     with torch.device(device):
-        made = family(model.config).to(dtype)
+        made = cast(family(model.config), dtype)
     made.generation_config = model.generation_config
     return made.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from t3d.errors import T3DError
 from t3d.log import log
+from t3d.models.load import cast
 
 
 class Sharding:
@@ -58,7 +59,7 @@ class Sharding:
             return _zero3(self.accelerator, model)
         if self.zero:  # the student's own weights are in this type, too
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-            model = model.to(dtype)
+            model = cast(model, dtype)
         return model.to(self.device)
 
     def reshard(self, model: nn.Module) -> None:
@@ -80,8 +81,12 @@ class Sharding:
         return f"{stem}.safetensors" if reading or rank == 0 else None
 
     def whole_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, gathered, one at a time. Every process must iterate to the end."""
-        for name, parameter in self.unwrap(model).named_parameters():
+        """Every weight, gathered, one at a time, and the buffers that files hold. Every process must iterate to the
+        end."""
+        module = self.unwrap(model)
+        stored = module.state_dict(keep_vars=True).keys()
+        yield from ((name, buffer.detach()) for name, buffer in module.named_buffers() if name in stored)
+        for name, parameter in module.named_parameters():
             if self.zero == 3:
                 import deepspeed
 

@@ -226,7 +226,7 @@ class T3DTrainer(Trainer):
         if self._decoder is None:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
             self._decoder = empty_like(self.sharding.unwrap(self.model_wrapped), self.args.device, dtype)
-        own = dict(self._decoder.named_parameters())
+        own = self._decoder.state_dict()
         with torch.no_grad():
             for name, weight in self.sharding.whole_weights(self.model_wrapped):
                 own[name].copy_(weight)

@@ -118,13 +118,13 @@ def _check(request: Request, config) -> None:
         raise PromptError(f"{name} {fault}")
     if request.negative_ids is not None and (fault := _fault(request.negative_ids, config)):
         raise T3DError(f"the negative prompt of {name} {fault}")
-    if request.end > limit:
+    if request.length > limit:
         raise PromptError(
             f"{name} has {len(request.prompt_ids)} tokens, with max_tokens = {request.config.max_tokens} "
-            f"{request.end} positions, but the model's context is {limit}; shorten the prompt or lower "
+            f"{request.length} positions, but the model's context is {limit}; shorten the prompt or lower "
             "max_tokens"
         )
-    if request.guided and (most := request.companion_end) > limit:
+    if request.guided and (most := request.companion_most) > limit:
         raise PromptError(
             f"{name} comes to {most} positions behind its negative prompt of {request.companion_length} tokens, but "
             f"the model's context is {limit}; shorten negative_prompt or lower max_tokens"

@@ -61,12 +61,13 @@ class Query:
         return [self.sequence.read(self.start, self.final), *(s.ids for s in self.segments)]
 
     def positions(self) -> list[np.ndarray]:
-        """Of the text; the places in the cache, counted from the origin, but for segments behind the first."""
-        origin = self.sequence.origin
+        """What rotations go by: counted from the first token, so that no origin takes from the model's context. The
+        places in the cache, but for segments behind the first."""
         if self.plain:
-            return [np.arange(self.start + origin, self.end + origin)]
-        final = np.arange(self.start + origin, self.final + origin)
-        return [final, *(np.arange(s.start, s.start + len(s)) for s in self.segments)]
+            return [np.arange(self.start, self.end)]
+        starts = [s.start - self.sequence.origin for s in self.segments]
+        segments = (np.arange(n, n + len(s)) for n, s in zip(starts, self.segments, strict=True))
+        return [np.arange(self.start, self.final), *segments]
 
     def wanted(self, shift: int = 0) -> np.ndarray:
         """Which of its tokens have the logits that are wanted, int64, counted from its first token.

@@ -15,6 +15,7 @@ from t3d.engine.progress import Progress
 from t3d.engine.request import Request
 from t3d.engine.session import EngineStats, FinishedEvent
 from t3d.errors import T3DError
+from t3d.models.load import cast
 
 _TURN = 0.5  # seconds a worker decodes before it reports
 _RESTARTS = 5  # deaths in a row without a finished sequence between them, after which we give up
@@ -202,7 +203,7 @@ def _pack(model) -> tuple:
 
 def _unpack(packed: tuple):
     family, config, generation_config, dtype, state = packed
-    model = family(config).to(dtype)
+    model = cast(family(config), dtype)
     model.load_state_dict(state)
     model.generation_config = generation_config
     return model.eval()

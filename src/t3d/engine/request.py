@@ -63,7 +63,7 @@ class Request:
     def most_places(self) -> int:
         """Places of the cache it can come to need: those positions, and what its flight computes beside them."""
         config = self.config
-        return self.end - self.origin + config.flying.scratch_blocks(config.policy) * config.block_size
+        return self.length + config.flying.scratch_blocks(config.policy) * config.block_size
 
     @property
     def span(self) -> int:
@@ -91,9 +91,14 @@ class Request:
         return (self.start - self.companion_length) % self.config.block_size
 
     @property
-    def companion_end(self) -> int:
-        """Where the positions of its companion can come to end."""
-        return self.end - self.start + self.companion_length + self.companion_origin
+    def length(self) -> int:
+        """Positions that it can come to hold."""
+        return self.end - self.origin
+
+    @property
+    def companion_most(self) -> int:
+        """Positions that its companion can come to hold."""
+        return self.end - self.start + self.companion_length
 
     @property
     def most_each(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t3d.blocks import CLEAN, PADDING, Layout, block_start
+from t3d.blocks import CLEAN, PADDING, Layout, block_start, check_blocks
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.guarantee import reference_setting
 from t3d.disk import write_whole
@@ -39,13 +39,18 @@ def oracle(model, trajectories: Sequence[Trajectory], batch_size: int = 16) -> l
 
     batch_size: rows of a forward, each an answer's clean tokens and up to `NOISY` tokens of states of its blocks. The
     states of all blocks are computed side by side, for the reference is the context of each.
+
+    Raises:
+        T3DError: for a model of full attention.
     """
+    check_blocks(model.config, "the oracle")
     forwards = [0] * len(trajectories)
     searches = []
     for index, t in enumerate(trajectories):
-        size, end = t.block_size, len(t.prompt_ids) + len(t.response_ids)
-        for start in range(block_start(len(t.prompt_ids), size), end, size):
-            given = max(0, len(t.prompt_ids) - start)
+        first = t.origin + len(t.prompt_ids)  # positions
+        end = first + len(t.response_ids)
+        for start in range(block_start(first, t.block_size), end, t.block_size):
+            given, size = max(0, first - start), min(t.block_size, end - start)  # an anchored last block may be short
             searches.append((index, start, fewest((1 << given) - 1, size, exact=size <= EXACT), None))
     while searches:
         going = []
@@ -115,17 +120,21 @@ def agreement(
 
 def _row(t: Trajectory, states: list[tuple[int, int]], mask_id: int) -> tuple[np.ndarray, ...]:
     """ids, copy, position and target of `[clean tokens | a copy of a block per state]`; target -1: not asked."""
-    whole, size = np.array([*t.prompt_ids, *t.response_ids], dtype=np.int64), t.block_size
-    starts = np.array([start for start, _ in states])
-    filled = np.array([[state >> place & 1 for place in range(size)] for _, state in states], dtype=bool)
-    clean = int(starts.max())  # what comes later nobody sees
-    position = starts[:, None] + np.arange(size)
-    copies = np.repeat(np.arange(1, len(states) + 1), size)
+    whole, begin = np.array([*t.prompt_ids, *t.response_ids], dtype=np.int64), t.origin
+    blocks = [np.arange(start, min(start + t.block_size, begin + len(whole))) for start, _ in states]
+    filled = np.array(
+        [state >> place & 1 for (_, state), block in zip(states, blocks, strict=True) for place in range(len(block))],
+        dtype=bool,
+    )
+    clean = max(start for start, _ in states) - begin  # what comes later nobody sees
+    position = np.concatenate(blocks)
+    token = whole[position - begin]
+    copies = np.repeat(np.arange(1, len(states) + 1), list(map(len, blocks)))
     return (
-        np.concatenate([whole[:clean], np.where(filled, whole[position], mask_id).ravel()]),
+        np.concatenate([whole[:clean], np.where(filled, token, mask_id)]),
         np.concatenate([np.full(clean, CLEAN), copies]),
-        np.concatenate([np.arange(clean), position.ravel()]),
-        np.concatenate([np.full(clean, -1), np.where(filled, -1, whole[position]).ravel()]),
+        np.concatenate([np.arange(begin, begin + clean), position]),
+        np.concatenate([np.full(clean, -1), np.where(filled, -1, token)]),
     )
 
 
@@ -152,8 +161,8 @@ def _forward(model, rows: list[tuple[np.ndarray, ...]], size: int) -> list[list[
     right[select] = logits.argmax(-1).cpu() == target.flatten()[select]
     agree = []
     for row, places in zip(rows, right.view(ids.shape), strict=True):
-        noisy = places[int((row[1] == CLEAN).sum()) : len(row[0])].view(-1, size)
-        agree.append([sum(1 << place for place in state.nonzero()[:, 0].tolist()) for state in noisy])
+        states = (places[: len(row[0])][row[1] == copy] for copy in range(1, row[1].max() + 1))
+        agree.append([sum(1 << place for place in state.nonzero()[:, 0].tolist()) for state in states])
     return agree
 
 

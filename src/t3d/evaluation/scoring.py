@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t3d.blocks import CLEAN, Layout
+from t3d.blocks import CLEAN, Layout, block_start, check_blocks, geometry, origin, whole_blocks
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model
 
@@ -25,6 +25,10 @@ class Scorer:
     tokenizer: Any
     orders: int = 0
     seed: int = 0
+
+    def __post_init__(self):
+        if self.diffusion:
+            check_blocks(self.model.config, "the scorer")
 
     @property
     def diffusion(self) -> bool:
@@ -103,19 +107,20 @@ def block_log_likelihood(model, context: list[int], ids: list[int], seed: int | 
     the clean tokens and a copy of the blocks in which those written before the r-th are visible.
     """
     block, mask_id = model.config.block_size, model.config.mask_token_id
-    length, start = len(context) + len(ids), len(context) // block * block
-    end = -(-length // block) * block
-    turn = _turns(len(context), length, start, end, block, seed)  # (end - start,); -1 given, `block` not asked for
-    clean = torch.tensor(context + ids + [mask_id] * (end - length))
+    begin = origin(len(context), block, geometry(model.config)["anchored"])
+    first, length = begin + len(context), begin + len(context) + len(ids)  # positions, as all of these
+    start, end = block_start(first, block), whole_blocks(length, block)
+    turn = _turns(first, length, start, end, block, seed)  # (end - start,); -1 given, `block` not asked for
+    clean = torch.tensor(context + ids + [mask_id] * (end - length))  # (end - begin,)
     rounds = torch.arange(block)[:, None]  # row r asks for the tokens whose turn is r
-    noisy = torch.where(turn < rounds, clean[start:], mask_id)
-    tokens = torch.cat([clean.expand(block, -1), noisy], 1)  # (block, end + end - start)
-    position = torch.cat([torch.arange(end), torch.arange(start, end)]).expand(block, -1)
+    noisy = torch.where(turn < rounds, clean[start - begin :], mask_id)
+    tokens = torch.cat([clean.expand(block, -1), noisy], 1)  # (block, end - begin + end - start)
+    position = torch.cat([torch.arange(begin, end), torch.arange(start, end)]).expand(block, -1)
     copy = torch.full_like(position, CLEAN)
-    copy[:, end:] = 1
-    layout = Layout(torch.zeros_like(position), copy, position.contiguous(), block)
+    copy[:, end - begin :] = 1
+    layout = Layout(rounds.expand_as(position), copy, position.contiguous(), block)  # a document per row
     asked = (turn == rounds).nonzero()  # (len(ids), 2): row, place
-    select = asked[:, 0] * tokens.shape[1] + end + asked[:, 1]
+    select = asked[:, 0] * tokens.shape[1] + end - begin + asked[:, 1]
     device = model.device
     moved = Layout(*(getattr(layout, name).to(device) for name in ("document", "copy", "position")), block)
     logits = model(
@@ -125,7 +130,7 @@ def block_log_likelihood(model, context: list[int], ids: list[int], seed: int | 
         select=moved.predictors(select.to(device), model.config.logits_shift),
     ).float()  # (len(ids), vocab)
     logits[:, mask_id] = -torch.inf  # no decoder ever writes it
-    target = clean[start + asked[:, 1]].to(device)
+    target = clean[start - begin + asked[:, 1]].to(device)
     logp = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0].cpu()
     return logp[asked[:, 1].argsort()].tolist()
 

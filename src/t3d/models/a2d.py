@@ -4,6 +4,8 @@ Nothing in the published files tells one from the other. `"block_size": null` in
 without the key they are blocks of 32, which the published sampler counts from the prompt's end.
 """
 
+from typing import ClassVar
+
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from t3d.models.family import FamilyModel, PublishedConfig
@@ -13,6 +15,7 @@ class A2DConfig(PublishedConfig):
     """What the three have in common."""
 
     anchor = "prompt"
+    decoding: ClassVar = {"schedule": "rounded"}
     implied = ("block_size", "mask_token_id")
     mask_tokens = ("<|mask|>", "<|MASK|>")
 

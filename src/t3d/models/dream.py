@@ -1,5 +1,7 @@
 """Dream (arXiv 2508.15487; DreamCoder, DiffuCoder): Qwen2 with full attention; logits predict the next token."""
 
+from typing import ClassVar
+
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from t3d.models.family import FamilyModel, PublishedConfig
@@ -13,6 +15,7 @@ class DreamConfig(PublishedConfig, Qwen2Config):
     anchor = "prompt"
     logits_shift = 1
     shifts = (1,)
+    decoding: ClassVar = {"schedule": "truncated", "strategy": "entropy"}
     implied = ("block_size",)
     mask_tokens = ("<|mask|>",)
     stop_tokens = ("<|im_end|>",)

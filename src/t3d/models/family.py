@@ -4,8 +4,8 @@ A family's file says what is particular to it; whatever it does not say is as in
 
 - its configuration (`PublishedConfig`): `block_size` and `mask_token_id`, with defaults where published files do not
   say them; who sees whom (`attention`, `anchor`); which shifts of the logits there are (`shifts`); `keys` of
-  config.json that transformers calls otherwise; names of the mask and of the tokens that end a turn; what of it cannot
-  be had (`check`);
+  config.json that transformers calls otherwise; names of the mask and of the tokens that end a turn; how its
+  published code decodes (`decoding`); what of it cannot be had (`check`);
 - its model (`FamilyModel`): transformers' own class, the autoregressive model that becomes one of it, and how a layer
   is computed (`parts`, `norm_weight`), from which the engine makes its lean forward. The attention mask is the
   caller's, see `t3d.blocks`;
@@ -40,6 +40,7 @@ class PublishedConfig:
     implied = ()  # keys of ours that published files leave out; what loading finds without them is not added
     mask_tokens = ()  # what tokenizers call the mask that do not say which token it is
     stop_tokens = ()  # what ends a turn in the chat template
+    decoding: ClassVar[dict] = {}  # how the published sampler decodes, fields of `DecodingConfig`; else as SDAR's
 
     @property
     def window(self) -> int | None:

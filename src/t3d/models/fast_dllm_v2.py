@@ -16,6 +16,12 @@ class FastDLLMv2Config(PublishedConfig, Qwen2Config):
     stop_tokens = ("<|im_end|>", "<|endoftext|>")
     shifts = (1,)
     keys: ClassVar = {"bd_size": "block_size"}
+    decoding: ClassVar = {
+        "flight": "next_token",
+        "strategy": "low_confidence_dynamic",
+        "threshold": 0.9,
+        "window": 8,
+    }
     block_size: int = 32
     mask_token_id: int | None = None
     logits_shift = 1  # no key of the files

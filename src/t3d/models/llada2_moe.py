@@ -4,6 +4,8 @@ Transformers' Glm4Moe computes just this; keys and names of weights in files are
 say neither the block size nor the mask token, and of the stop tokens only the one that pads.
 """
 
+from typing import ClassVar
+
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
@@ -28,7 +30,8 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     implied = ("block_size", "mask_token_id")
     mask_tokens = ("<|mask|>",)
     stop_tokens = ("<|role_end|>", "<|endoftext|>")
-    keys = {  # noqa: RUF012
+    decoding: ClassVar = {"strategy": "low_confidence_dynamic", "threshold": 0.95, "floor": "schedule"}  # 2.0's
+    keys: ClassVar = {
         "num_experts": "n_routed_experts",
         "num_shared_experts": "n_shared_experts",
         "use_qkv_bias": "attention_bias",

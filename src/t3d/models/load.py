@@ -66,8 +66,6 @@ def load_model(
         )  # fmt: skip
     if (stops := _all_stops(stop_ids(model), tokenizer, model.config.stop_tokens)) != stop_ids(model):
         model.generation_config.eos_token_id = list(stops)
-    if model.generation_config.temperature == 0 and not model.generation_config.do_sample:
-        model.generation_config.temperature = None  # Dream's files say both, and transformers does not write both
     return model, tokenizer
 
 
@@ -93,10 +91,9 @@ def check_mask(config, name) -> None:
     """Raises T3DError if the configuration names no mask token, or one outside of the vocabulary."""
     if config.mask_token_id is None:
         raise T3DError(f"{name}: neither config.json nor the tokenizer says which token is the mask (mask_token_id)")
-    if not 0 <= config.mask_token_id < config.vocab_size:
-        raise T3DError(
-            f"{name}: mask_token_id is {config.mask_token_id}, outside of the vocabulary of {config.vocab_size} tokens"
-        )
+    mask, size = config.mask_token_id, config.vocab_size
+    if not isinstance(mask, int) or not 0 <= mask < size:
+        raise T3DError(f"{name}: mask_token_id is {mask!r}, outside of the vocabulary of {size} tokens")
 
 
 def load_weights(
@@ -139,6 +136,8 @@ def load_weights(
         )
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = tied  # files that have both, and different ones, overrule config.json
+    if model.generation_config.temperature == 0 and not model.generation_config.do_sample:
+        model.generation_config.temperature = None  # Dream's files say both, and transformers does not write both
     model.get_input_embeddings().padding_idx = None  # padding is told by length; a stop token that pads is trained, too
     return model.eval()
 
@@ -189,6 +188,14 @@ def plain_config(folder: Path):
     values = read_json(folder / "config.json")
     family = FAMILIES.get(values.get("model_type"))
     return family.config_class.from_dict(values) if family else SDARConfig()
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype | None):
+    """The model with its weights in `dtype`, in place. Buffers (rotary frequencies, what routers add) keep theirs, as
+    in loading, and unlike in `model.to(dtype)`."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

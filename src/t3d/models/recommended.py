@@ -1,7 +1,7 @@
 """How a checkpoint is best decoded: `block_diffusion` in its generation_config.json, fields of `DecodingConfig`.
 
 It is said there, and not in config.json, because it is about generation and because weights and architecture are the
-same before and after. Other libraries leave the key alone.
+same before and after. Other libraries leave the key alone. Where it is not said, it is how the family is published.
 """
 
 import json
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from t3d.disk import write_whole
 from t3d.models.files import read_json
+from t3d.models.load import plain_config
 
 KEY = "block_diffusion"
 SAMPLING = ("temperature", "top_k", "top_p")  # what transformers has a place for, too
@@ -20,11 +21,11 @@ SAMPLING = ("temperature", "top_k", "top_p")  # what transformers has a place fo
 def recommended(of: PreTrainedModel | str | os.PathLike) -> dict:
     """What a model or a checkpoint folder recommends, for `DecodingConfig(**recommended(model))`; empty if nothing."""
     if isinstance(of, PreTrainedModel):
-        found = getattr(of.generation_config, KEY, None)
+        found, config = getattr(of.generation_config, KEY, None), of.config
     else:
         path = Path(of) / "generation_config.json"
-        found = read_json(path).get(KEY) if path.exists() else None
-    return dict(found) if isinstance(found, dict) else {}
+        found, config = read_json(path).get(KEY) if path.exists() else None, plain_config(Path(of))
+    return dict(found) if found and isinstance(found, dict) else dict(getattr(config, "decoding", {}))
 
 
 def recommend(folder: str | os.PathLike, settings: dict) -> None:

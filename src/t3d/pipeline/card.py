@@ -13,6 +13,7 @@ from t3d.evaluation.summary import read_summary
 from t3d.models.files import read_json
 from t3d.models.load import plain_config
 from t3d.models.recommended import recommend
+from t3d.models.serving import BASES
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.sources import source
 from t3d.pipeline.versions import versions
@@ -65,7 +66,7 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
         f"A {kind} (`{config['architectures'][0]}`), "
         f"made of {teacher} with [T3D](https://arxiv.org/abs/2602.12262), objective `{recipe.objective}`.",
         "## How to decode",
-        _decode(best),
+        _decode(best, family),
         "## Results",
         _results(rows, recipe),
         "## Data",
@@ -79,16 +80,22 @@ def card(run: RunFolder, recipe: Recipe, rows: list[dict], best: dict | None) ->
     return "\n\n".join(parts) + "\n"
 
 
-def _decode(best: dict | None) -> str:
+def _decode(best: dict | None, family) -> str:
     command = '```\nt3d generate . "How many legs have three spiders?"\n```'
+    if best is None and family.decoding:
+        settings = ", ".join(f"{name} {value}" for name, value in family.decoding.items())
+        return f"{command}\n\nThis decodes as models of type `{family.model_type}` are published: {settings}."
     if best is None:
         return f"{command}\n\nThis takes as many steps as a block has tokens; `--steps` takes fewer."
-    return (
+    text = (
         f"{command}\n\n`generation_config.json` (`block_diffusion`) recommends **{setting(best)}**, which this takes: "
         f"{percent(best['accuracy'])}% correct at {best['tpf']:.2f} tokens per forward. It is the fastest of the "
-        "settings below that is not worse than the most accurate one, by that one's 95% interval.\n\n"
-        "For SGLang and LMDeploy: `t3d export . OUT --for sglang` (or `lmdeploy`) writes what they need."
+        "settings below that is not worse than the most accurate one, by that one's 95% interval."
     )
+    if family.model_type not in BASES:
+        return text
+    other = "For SGLang and LMDeploy: `t3d export . OUT --for sglang` (or `lmdeploy`) writes what they need."
+    return f"{text}\n\n{other}"
 
 
 def _results(rows: list[dict], recipe: Recipe) -> str:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
+from t3d.blocks import check_blocks
 from t3d.config import Recipe
 from t3d.embedded import checkpoint
 from t3d.engine import make_engine
@@ -90,6 +91,8 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
         check_libraries()
         _scorer(recipe)
     model, tokenizer = inputs.teacher
+    if recipe.eval.oracle:
+        check_blocks(model.config, "eval.oracle")
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in inputs.eval_problems]
     names = [problem.id for problem in inputs.eval_problems]
     settings = [inputs.eval_task.guided(decoding, tokenizer) for decoding in recipe.eval.settings(recipe.seed)]

@@ -16,6 +16,7 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.models.files import first_line, local_folder
+from t3d.models.load import cast, check_mask, mask_of
 from t3d.tasks import Problem, Task, get_task
 from t3d.tasks.base import DROP
 
@@ -72,9 +73,14 @@ class Inputs:
         if kind not in FAMILIES:
             raise T3DError(f"model type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
         try:
-            return FAMILIES[kind].config_class.from_pretrained(str(folder))
+            config = FAMILIES[kind].config_class.from_pretrained(str(folder))
+            config.check()
         except Exception as error:  # transformers checks the values in many ways
             raise T3DError(f"{folder}/config.json: no model can be made of it: {first_line(error)}") from error
+        if config.mask_token_id is None:
+            config.mask_token_id = mask_of(self.tokenizer, config.mask_tokens)
+        check_mask(config, wanted.path)
+        return config
 
     @cached_property
     def saved_dtype(self) -> str:
@@ -164,17 +170,18 @@ def new_config(architecture: dict, tokenizer) -> PretrainedConfig:
     The architecture may name its family as `model_type`. What it leaves out about tokens (vocabulary size, mask, stop
     and padding ids) the tokenizer gives.
     """
+    kind = architecture.get("model_type", "sdar")
+    if kind not in FAMILIES:
+        raise T3DError(f"model.architecture: model_type is one of {', '.join(FAMILIES)}")
     ids = {
         "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
+        "mask_token_id": mask_of(tokenizer, FAMILIES[kind].config_class.mask_tokens),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
     values = ids | architecture
-    kind = values.pop("model_type", "sdar")
-    if kind not in FAMILIES:
-        raise T3DError(f"model.architecture: model_type is one of {', '.join(FAMILIES)}")
+    values.pop("model_type", None)
     try:
         config = FAMILIES[kind].config_class(**values)
     except Exception as error:  # transformers checks the values in many ways
@@ -195,4 +202,4 @@ def new_model(config: PretrainedConfig, seed: int, dtype: str | None, device: st
         raise T3DError(f"model.architecture: {' '.join(str(error).split())}") from error
     stops = [token for token in (config.eos_token_id, config.pad_token_id) if token is not None]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=config.pad_token_id)
-    return model.to(device=device, dtype=getattr(torch, dtype) if dtype else torch.float32).eval()
+    return cast(model, getattr(torch, dtype) if dtype else torch.float32).to(device).eval()

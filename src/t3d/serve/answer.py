@@ -165,6 +165,7 @@ class Answer:
                     "block_size": config.block_size,
                     "steps": config.steps,
                     "prompt_tokens": len(choice.request.prompt_ids),
+                    "tail": choice.request.start % config.block_size,  # of them, those in the answer's first block
                 }
                 if self.form.chat or details:
                     yield chunk(choice, self.form.delta("", role=True), t3d=about if details else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
+from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
 from t3d.engine.intake import make_requests
 from t3d.engine.request import Request
@@ -61,16 +62,19 @@ class Served:
             self.tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else list(p) for p in prompts
         ]
         own = self.model.config.window or 1  # none: the whole response, of any length
+        anchored = geometry(self.model.config)["anchored"]
         block = body.block_size or self.default.block_size or own
         if block > max(own, MAX_BLOCK):
             raise ApiError(400, f"block_size must be at most {max(own, MAX_BLOCK)}, got {block}", param="block_size")
         longest = max(map(len, encoded))
-        room = self.worker.longest // block * block - longest
+        most = self.worker.longest if anchored else self.worker.longest // block * block
+        room = most - longest
         if room < (limit or 1):
+            whole = "" if anchored else f", in whole blocks of {block}"
             asked = f"{longest} in the {param}" + (f", {limit} for the answer" if limit else "")
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self.worker.longest} tokens, in whole blocks of {block}. "
+                f"This model's maximum context length is {self.worker.longest} tokens{whole}. "
                 f"However, you requested {longest + (limit or 1)} tokens ({asked}). Please reduce them.",
                 param=param,
                 code="context_length_exceeded",

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from t3d.decoding.config import OWNED, DecodingConfig
 from t3d.decoding.flight import FLIGHTS
-from t3d.decoding.policy import POLICIES
+from t3d.decoding.policy import POLICIES, SCHEDULES
 from t3d.errors import nearest
 
 # OpenAI's fields that mean nothing here, and may therefore have any value
@@ -85,6 +85,7 @@ class Decoding(Owned):
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
     strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(POLICIES))
     flight: str | None = Field(None, description="what a forward computes: " + ", ".join(FLIGHTS))
+    schedule: Literal[tuple(SCHEDULES)] | None = Field(None, description="how tokens are spread over the steps")
     window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     negative_prompt: Text | None = None
