@@ -175,8 +175,8 @@ def test_any_value_is_taken_as_its_type_or_refused_by_name(key, value):
 
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-STUDIES = sorted(FOLDER.glob("study*.yaml"))
-RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(STUDIES))
+STUDIES = sorted([*FOLDER.glob("study*.yaml"), *FOLDER.glob("smollm2/study*.yaml")])
+RECIPES = sorted({*FOLDER.glob("*.yaml"), *FOLDER.glob("smollm2/*.yaml")} - set(STUDIES))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

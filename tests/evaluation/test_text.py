@@ -12,7 +12,7 @@ from trajectory_examples import make_trajectory
 from t3d import T3DError
 from t3d.blocks import block_causal_mask
 from t3d.evaluation import EvalRow, read_summary
-from t3d.evaluation.scoring import block_log_likelihood, causal_log_likelihood, load_scorer
+from t3d.evaluation.scoring import Scorer, block_log_likelihood, causal_log_likelihood, load_scorer
 from t3d.evaluation.text import add_text_quality, bleu, check_libraries, distinct, rouge_l, text_quality
 from t3d.models import save_model
 from t3d.tasks import Problem, TaskConfig, get_task
@@ -68,6 +68,20 @@ def test_causal_likelihood_against_the_models_own_loss():
         assert -sum(found) / 8 == pytest.approx(loss, abs=1e-5)
         assert causal_log_likelihood(model, [], ids[0].tolist()) == pytest.approx(found)
         assert causal_log_likelihood(model, ids[0, :5].tolist(), ids[0, 5:].tolist()) == pytest.approx(found[4:])
+
+
+def test_a_prompt_that_begins_with_the_first_token_gets_no_second_one():
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    scorer = Scorer(
+        LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).eval(), SimpleNamespace(bos_token_id=7)
+    )
+    assert scorer.log_likelihood([7, 3], [4, 5]) == scorer.log_likelihood([3], [4, 5])
+    assert scorer.log_likelihood([7, 7, 3], [4, 5]) != scorer.log_likelihood([3], [4, 5])
+    assert len(scorer.log_likelihood([7], [4, 5])) == len(scorer.log_likelihood([], [4, 5])) == 2
 
 
 def test_scorer_from_a_folder(tmp_path):

@@ -59,7 +59,9 @@ class Scorer:
             raise T3DError(f"a text of {len(context) + len(ids)} tokens does not fit the scorer's context of {limit}")
         with torch.inference_mode():
             if not self.diffusion:
-                return causal_log_likelihood(self.model, self._begin() + context, ids)
+                first = self._begin()
+                context = context if context[:1] == first else first + context  # chat templates may begin with it
+                return causal_log_likelihood(self.model, context, ids)
             draws = [
                 block_log_likelihood(self.model, context, ids, self.seed + i if self.orders else None)
                 for i in range(max(1, self.orders))
