@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace) -> dict:
     for name in args.checkpoints:
         model, tokenizer = load_model(checkpoint(name))
         engine = Engine(model, tokenizer, max_batch_size=args.batch)
-        size = model.config.block_size
+        size = model.config.window or args.max_tokens
         settings = {f"{size >> i} steps": {"steps": size >> i} for i in range(size.bit_length())}
         settings["threshold .9"] = {"strategy": "low_confidence_dynamic", "threshold": 0.9}
         for how, chosen in settings.items():
