@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from t3d.blocks import block_causal_mask, geometry
 from t3d.decoding import DecodingConfig
-from t3d.distill import T3DConfig
+from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.batch import TrainingBatch, collate
 from t3d.distill.data import StateDataset
 from t3d.engine import Engine
@@ -196,3 +196,16 @@ def test_trajectories_of_another_geometry_are_refused():
     for other in ({"anchored": True}, {"anchored": True, "full": True}):
         with pytest.raises(T3DError, match="another family"):
             StateDataset([random_trajectory(rng, 4, 5, 2)], config, 4, MASK, vocabulary=60, **other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [("full", {"group_size": 2}, "group_size"), ("block", {"reference_sees": "answer"}, "reference_sees=answer")],
+)
+def test_what_other_families_cannot_learn_by_is_refused(kind, settings, words):
+    model = make_model(family="block_llama")
+    model.config.anchor, model.config.attention = "prompt", kind
+    data = Engine(model).generate([[5, 6, 7]], DecodingConfig(max_tokens=8, ignore_eos=True))
+    config = T3DConfig(output_dir="unused", use_cpu=True, report_to=[], objective="soft", **settings)
+    with pytest.raises(T3DError, match=words):
+        T3DTrainer(model, config, data, answer_prompts=lambda t: t.prompt_ids)

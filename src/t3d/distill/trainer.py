@@ -81,10 +81,12 @@ class T3DTrainer(Trainer):
             )
         check_tokenizer(getattr(train_dataset, "metadata", {}), processing_class)
         shape = geometry(model.config)
-        if shape["full"] and (self._sees_answers or self.objective.group_size > 1):
-            key = "reference_sees" if self._sees_answers else "group_size"
+        if shape["full"] and self.objective.group_size > 1:
+            raise T3DError("train.group_size does not work where every token sees every other, as in this model")
+        if shape["anchored"] and self._sees_answers:
             raise T3DError(
-                f"train.{key} does not work where every token sees every other, as in this model; leave it out"
+                "train.reference_sees=answer needs blocks that are counted from the prompt's first token, and this "
+                "model's are counted from the response's"
             )
         vocabulary = len(processing_class) if processing_class is not None else model.config.vocab_size
         states = StateDataset(
