@@ -482,7 +482,7 @@ def test_a_batch_without_supervised_positions_costs_nothing(name):
     trajectory = trajectories[0]
     dataset = StateDataset([trajectory], config, 4, MASK, vocabulary=60)
     example = dataset[0]
-    for key in example.keys() - {"item", "input_ids", "copy", "position", "group"}:
+    for key in example.keys() - {"item", "block_size", "input_ids", "copy", "position", "group"}:
         example[key] = example[key][:0]
     batch = TrainingBatch(**collate([example], PAD, 4))
     student, reference = make_model(seed=1), make_model(seed=2)

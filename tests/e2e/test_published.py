@@ -129,6 +129,8 @@ def test_every_family_from_rollout_to_export(t3d, write_recipe, folder):
     assert (student.config.mask_token_id, stop_ids(student)) == (teacher.config.mask_token_id, stop_ids(teacher))
     done = t3d("export", "runs/recipe/student", "out")
     assert "logits differ by at most 0," in done.stdout, done.stderr
+    if folder.name not in ("a2d_bd3lm", "llada"):  # the other commands ask what these two differ in
+        return
     answers = [t3d("generate", name, "w1 w2", "--max-tokens", "20") for name in ("out", "runs/recipe/student")]
     assert answers[0].stdout == answers[1].stdout
     assert "tokens per forward" in answers[0].stderr

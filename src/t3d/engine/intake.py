@@ -86,7 +86,8 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
 
 
 def _at(config: DecodingConfig, model_config) -> DecodingConfig:
-    size, full = getattr(model_config, "window", None), geometry(model_config)["full"]
+    size = getattr(model_config, "window", getattr(model_config, "block_size", None))
+    full = geometry(model_config)["full"]
     if size is None and config.block_size is None and not full:
         raise T3DError("the model's config has no block_size; set it in the decoding settings")
     return config.at(size)
