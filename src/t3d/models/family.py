@@ -56,6 +56,9 @@ class PublishedConfig:
         """Raises T3DError for what the family's files may say and t3d cannot do."""
         if getattr(self, "use_sliding_window", False):
             raise T3DError("use_sliding_window is not supported: blocks attend to all earlier ones")
+        size = self.block_size
+        if not (size is None and self.attention == "full") and not (isinstance(size, int) and size >= 1):
+            raise T3DError(f"block_size is {size!r}; it must be a number of tokens, at least 1")
         if self.logits_shift not in self.shifts:
             raise T3DError(
                 f"logits_shift is {self.logits_shift}, but model type {self.model_type!r} has "
