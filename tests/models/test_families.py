@@ -142,6 +142,22 @@ def test_two_training_steps_change_every_weight_and_can_be_saved(tmp_path, famil
     assert torch.equal(logits(load_model(tmp_path / "student")[0]), logits(model.eval()))
 
 
+@pytest.mark.parametrize(("family", "shift"), VARIANTS)
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, family, shift):
+    """Whatever names the files give to weights."""
+    data = Engine(make_variant(family, shift)).generate([[7, 8, 9]] * 8, DecodingConfig(max_tokens=12, stop_ids=()))
+    args = {
+        "output_dir": str(tmp_path / "train"), "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 1,
+        "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "objective": "path",
+    }  # fmt: skip
+    whole, stopped, further = (make_variant(family, shift) for _ in range(3))
+    T3DTrainer(whole, T3DConfig(**args | {"max_steps": 2, "save_strategy": "no"}), data).train()
+    T3DTrainer(stopped, T3DConfig(**args | {"max_steps": 1}), data).train()
+    T3DTrainer(further, T3DConfig(**args | {"max_steps": 2}), data).train(resume_from_checkpoint=True)
+    state = whole.state_dict()
+    assert [name for name, weight in further.state_dict().items() if not torch.equal(weight, state[name])] == []
+
+
 def test_what_no_family_can_do_is_refused(tmp_path):
     save_model(make_model(), tmp_path / "m")
     path = tmp_path / "m" / "config.json"

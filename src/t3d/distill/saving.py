@@ -37,10 +37,14 @@ def whole_student(
     return student
 
 
+def family_of(model: nn.Module) -> type[nn.Module]:
+    """Its family's class; `model` may be sharded."""
+    return next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
+
+
 def empty_like(model: nn.Module, device, dtype: torch.dtype) -> nn.Module:
     """A model of the same family and configuration, its weights not initialised; `model` may be sharded."""
-    family = next(kind for kind in type(model).__mro__ if kind in FAMILIES.values())
     with torch.device(device):
-        made = cast(family(model.config), dtype)
+        made = cast(family_of(model)(model.config), dtype)
     made.generation_config = model.generation_config
     return made.eval().requires_grad_(False)

@@ -31,11 +31,12 @@ from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.distill.reference import AdapterReference, Reference, copy_of
 from t3d.distill.reference_values import ReferenceValues
 from t3d.distill.sampler import DrawSampler
-from t3d.distill.saving import empty_like, whole_student
+from t3d.distill.saving import empty_like, family_of, whole_student
 from t3d.distill.sharding import Sharding
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import save_model
+from t3d.models.load import load_weights
 from t3d.trajectories.fingerprint import check_tokenizer, model_fingerprint
 
 ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
@@ -197,6 +198,17 @@ class T3DTrainer(Trainer):
         if self.args.compile_layers:
             compile_layers(model, self.args)
         return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As transformers does, whose own loading passes over weights that files have under other names."""
+        model = self.model if model is None else model
+        if self.sharding.fsdp or hasattr(model, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        dtype = next(model.parameters()).dtype
+        saved = load_weights(
+            family_of(model), resume_from_checkpoint, resume_from_checkpoint, dtype=dtype, device="cpu"
+        )
+        model.load_state_dict(saved.state_dict())
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:
