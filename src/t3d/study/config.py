@@ -12,7 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from t3d.config import Recipe, load_recipe, read_yaml
 from t3d.distill.objective import OBJECTIVES, Privileged
 from t3d.errors import T3DError, nearest
-from t3d.pipeline.settings import settings
+from t3d.pipeline.folder import RunFolder
+from t3d.pipeline.settings import differences, settings
 from t3d.pipeline.sources import source
 
 VERIFIED, LABEL_FREE, SOLUTIONS = "verified trajectories", "no labels", "ground truth"
@@ -106,11 +107,19 @@ class Study:
             return Job(name, seed, whole, None, train=False)
         if not source(whole).rolls_out or whole.rollout.source:
             return Job(name, seed, whole, None)
-        made_with = json.dumps(settings(whole, "rollout"), sort_keys=True)
-        rollout = recipe(f"rollouts/seed{seed}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}")
+        rollout = recipe(f"rollouts/{self._rollout(seed, settings(whole, 'rollout'))}")
         return Job(
             name, seed, recipe(f"{name}-seed{seed}", *more, f"rollout.source={rollout.run_dir}/rollout"), rollout
         )
+
+    def _rollout(self, seed: int, made_with: dict) -> str:
+        """The folder of rollouts with these settings: one that is there, whichever version made it, else a new one."""
+        for folder in sorted(Path(self.folder).glob(f"rollouts/seed{seed}-*")):
+            record = RunFolder(folder).record("rollout")
+            if record is not None and not any(differences(record["settings"], made_with)):
+                return folder.name
+        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+        return f"seed{seed}-{digest[:8]}"
 
 
 def labels(recipe: Recipe) -> str:
