@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
 
 from t3d.evaluation.metrics import wilson
+from t3d.study import load_study
 from t3d.trajectories import TrajectoryDataset
 
 STUDY = {
@@ -54,6 +56,22 @@ def test_every_variant_is_a_run_and_all_share_a_rollout_of_their_seed(studied):
     assert len(list((runs / "rollouts").iterdir())) == 2
     teachers = [(run.name, (run / "eval" / "teacher").is_dir()) for run in sorted(runs.glob("*-seed*"))]
     assert [name for name, there in teachers if there] == ["t3d-seed0", "t3d-seed1"]
+
+
+def test_rollouts_of_a_version_that_knew_fewer_settings_are_found(tmp_path, studied, monkeypatch):
+    shutil.copytree(studied, tmp_path / "older")
+    monkeypatch.chdir(tmp_path / "older")
+    rollouts = Path("runs/study/rollouts")
+    for folder in list(rollouts.iterdir()):
+        path = folder / "rollout" / "stage.json"
+        record = json.loads(path.read_text())
+        del record["settings"]["rollout.schedule"]
+        path.write_text(json.dumps(record))
+        folder.rename(rollouts / f"{folder.name.partition('-')[0]}-older")
+    found = {(job.seed, Path(job.rollout.run_dir).name) for job in load_study("study.yaml").jobs}
+    assert found == {(0, "seed0-older"), (1, "seed1-older")}
+    others = load_study("study.yaml", ["rollout.temperature=.5"]).jobs
+    assert not any(Path(job.rollout.run_dir).exists() for job in others)
 
 
 def test_the_cost_counts_every_forward(studied):
