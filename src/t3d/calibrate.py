@@ -50,7 +50,7 @@ def calibrate_setting(
     inputs = Inputs(recipe)
     problems = _problems(inputs, split)
     path = checkpoint(name or Path(recipe.run_dir) / "student")
-    model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
+    model, tokenizer = load_model(path, **recipe.model.loading)
     config = DecodingConfig(strategy=strategy, max_tokens=recipe.eval.max_tokens, seed=recipe.seed)
     problems = inputs.usable(problems, inputs.eval_task, [config], split, model.config)
     prompts = [inputs.eval_task.prompt(problem, tokenizer) for problem in problems]
@@ -111,7 +111,7 @@ def calibrate_promise(
     inputs = Inputs(recipe)
     task, problems = inputs.eval_task, _problems(inputs, split)
     path = checkpoint(name or Path(recipe.run_dir) / "student")
-    model, tokenizer = load_model(path, dtype=recipe.model.dtype, device=recipe.model.device)
+    model, tokenizer = load_model(path, **recipe.model.loading)
     base = DecodingConfig(max_tokens=recipe.eval.max_tokens, seed=recipe.seed).at(model.config.window)
     reference = reference_setting(base)
     if strategies is None:

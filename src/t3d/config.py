@@ -24,6 +24,7 @@ from t3d.distill import T3DConfig
 from t3d.distill.config import General
 from t3d.errors import T3DError, nearest
 from t3d.evaluation import EvalConfig
+from t3d.models.quantize import check_kind
 from t3d.report.config import ReportConfig
 from t3d.tasks import TaskConfig
 from t3d.typed import PYDANTIC, taken, type_name
@@ -40,11 +41,22 @@ class ModelConfig:
     path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
     dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
     device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
+    quantize: str | None = _help(
+        "int8 or int4: evaluation and calibration decode with weights of so few bits, as models of their own", default=None
+    )
     architecture: dict[str, Any] | None = _help(
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
         "that of `path`, or the embedded task's",
         default=None,
     )
+
+    def __post_init__(self):
+        check_kind(self.quantize)
+
+    @property
+    def loading(self) -> dict:
+        """Arguments of `load_model`, for a model that is to decode."""
+        return {"dtype": self.dtype, "device": self.device, "quantize": self.quantize}
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class RolloutConfig(DecodingConfig):
     retries: int = _help("ask the prompts again, this many times each, of which no answer was correct", default=0)
     retry_temperature: float = _help("of those answers", default=1.0)
     save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
+    quantized: bool = _help("let the teacher answer with the weights of `model.quantize`", default=False)
     source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
 
     def __post_init__(self):

@@ -16,7 +16,14 @@ from t3d.tasks import Problem, TaskConfig, get_task
 
 
 def generate(
-    name: str, text: str, settings: dict, dtype: str | None, device: str | None, raw: bool, color: bool
+    name: str,
+    text: str,
+    settings: dict,
+    dtype: str | None,
+    device: str | None,
+    quantize: str | None,
+    raw: bool,
+    color: bool,
 ) -> None:
     """Print the answer to `text`, and to stderr what it took. `raw`: without chat template.
 
@@ -26,7 +33,7 @@ def generate(
         raise T3DError("the prompt is empty")
     DecodingConfig(**settings)  # says what is wrong with them before anything is loaded
     characters(text, "the prompt")
-    model, tokenizer = load_model(checkpoint(name), dtype=dtype, device=device)
+    model, tokenizer = load_model(checkpoint(name), dtype, device, quantize=quantize)
     decoding = DecodingConfig(**recommended(model) | settings)
     if tokenizer is None:
         raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")

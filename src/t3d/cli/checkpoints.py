@@ -48,6 +48,7 @@ def generate_command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: the prompt is continued as it is")] = False,
     color: Annotated[
         bool | None, typer.Option("--color/--no-color", help="colour tokens by commit step; default: on a terminal")
@@ -64,7 +65,7 @@ def generate_command(
     to_terminal()
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = settings_of(context, decoding, set_)
-    generate(model, text, settings, dtype, device, raw, sys.stdout.isatty() if color is None else color)
+    generate(model, text, settings, dtype, device, quantize, raw, sys.stdout.isatty() if color is None else color)
 
 
 @app.command("convert")
@@ -193,6 +194,7 @@ def serve_command(
     grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
 ) -> None:
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
@@ -221,4 +223,4 @@ def serve_command(
         decoding=settings,
     )
     engine = {"max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens, "prefix_cache": prefix_cache}
-    serve(models, config, dtype, device, **engine)
+    serve(models, config, dtype, device, quantize, **engine)

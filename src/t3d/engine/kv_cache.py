@@ -269,7 +269,12 @@ def cache_shape(config) -> tuple[int, int, int]:
 def bytes_per_token(model) -> int:
     """Of keys and values, in all layers."""
     layers, heads, dim = cache_shape(model.config)
-    return 2 * layers * heads * dim * model.dtype.itemsize
+    return 2 * layers * heads * dim * dtype_of(model).itemsize
+
+
+def dtype_of(model) -> torch.dtype:
+    """That it computes in; where weights are quantised, those of linear layers and embedding are of others."""
+    return model.model.norm.weight.dtype
 
 
 def free_memory(device: torch.device) -> int:

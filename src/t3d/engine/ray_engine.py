@@ -10,12 +10,13 @@ import torch
 from t3d.decoding.config import DecodingConfig
 from t3d.engine.engine import Engine
 from t3d.engine.intake import make_requests
-from t3d.engine.kv_cache import bytes_per_token, free_memory
+from t3d.engine.kv_cache import bytes_per_token, dtype_of, free_memory
 from t3d.engine.progress import Progress
 from t3d.engine.request import Request
 from t3d.engine.session import EngineStats, FinishedEvent
 from t3d.errors import T3DError
 from t3d.models.load import cast
+from t3d.models.quantize import quantize
 
 _TURN = 0.5  # seconds a worker decodes before it reports
 _RESTARTS = 5  # deaths in a row without a finished sequence between them, after which we give up
@@ -198,12 +199,15 @@ class RayEngine:
 def _pack(model) -> tuple:
     """What a worker needs to build the model, whatever device it is on here."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return type(model), model.config, model.generation_config, model.dtype, state
+    quantized = getattr(model, "quantized", None)
+    return type(model), model.config, model.generation_config, dtype_of(model), quantized, state
 
 
 def _unpack(packed: tuple):
-    family, config, generation_config, dtype, state = packed
+    family, config, generation_config, dtype, quantized, state = packed
     model = cast(family(config), dtype)
+    if quantized:
+        quantize(model, quantized, dtype)
     model.load_state_dict(state)
     model.generation_config = generation_config
     return model.eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from t3d.engine.attention import SDPAttention, to_device
 from t3d.engine.flex import FlexAttention, in_order
 from t3d.engine.graphs import StepGraphs, is_steady
-from t3d.engine.kv_cache import KVCache, cache_shape
+from t3d.engine.kv_cache import KVCache, cache_shape, dtype_of
 from t3d.engine.query import Query
 from t3d.models.family import FamilyModel, LayerParts
 
@@ -59,8 +59,7 @@ class Runner:
     @torch.no_grad()
     def refresh(self) -> None:
         body = self.model.model
-        weight = body.embed_tokens.weight
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = dtype_of(self.model), body.norm.weight.device
         small = sum(p.numel() * p.itemsize for p in body.layers.parameters()) <= _JOIN_BYTES
         self.joined = small and self.device.type == "cpu"
         self.layers = []

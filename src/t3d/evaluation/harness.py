@@ -30,13 +30,21 @@ DECODING = {f.name for f in fields(DecodingConfig)} - {"n", "stop", "max_tokens"
 class T3DHarness(LM):
     """A block-diffusion checkpoint in the harness.
 
-    pretrained: folder or hub id. batch_size: sequences in flight ("auto" or 1: the default). device, dtype: as in
-    `load_model`. max_gen_toks: where a task says nothing. Any setting of `DecodingConfig` (steps, strategy, threshold,
+    pretrained: folder or hub id. batch_size: sequences in flight ("auto" or 1: the default). device, dtype, quantize:
+    as in `load_model`. max_gen_toks: where a task says nothing. Any setting of `DecodingConfig` (steps, strategy, threshold,
     ...) is an argument too; a task's own temperature, top_k and top_p win where it samples.
     """
 
     def __init__(
-        self, pretrained, batch_size=None, device=None, dtype=None, max_gen_toks=256, max_batch_size=None, **decoding
+        self,
+        pretrained,
+        batch_size=None,
+        device=None,
+        dtype=None,
+        quantize=None,
+        max_gen_toks=256,
+        max_batch_size=None,
+        **decoding,
     ):
         super().__init__()
         unknown = next((name for name in decoding if name not in DECODING), None)
@@ -44,7 +52,7 @@ class T3DHarness(LM):
             raise T3DError(f"model_args: unknown argument {unknown!r}{nearest(unknown, DECODING)}")
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's command line says cuda where nothing was asked
-        self.model, self.tokenizer = load_model(pretrained, dtype=dtype, device=device)
+        self.model, self.tokenizer = load_model(pretrained, dtype, device, quantize=quantize)
         if self.tokenizer is None:
             raise T3DError(f"{pretrained} has no tokenizer, which the harness needs")
         # the harness's command line says 1 where nothing was asked

@@ -11,6 +11,8 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models.families import FAMILIES
 from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
+from t3d.models.quantize import check_kind
+from t3d.models.quantize import quantize as to_bits
 from t3d.models.sdar import SDARConfig
 
 OWN_TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer}  # a class that is code of the checkpoint: transformers' like it
@@ -31,6 +33,7 @@ def load_model(
     device: str | None = None,
     attention: str = "sdpa",
     quantisation=None,
+    quantize: str | None = None,
 ):
     """Load a checkpoint folder or hub id as `(model in eval mode, tokenizer or None)`; never runs remote code.
 
@@ -38,9 +41,11 @@ def load_model(
 
     dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
     attention: transformers' implementation, "sdpa" or "flex_attention" (whose backward pass needs a GPU).
-    quantisation: transformers' configuration of it, if any.
+    quantisation: transformers' configuration of it, if any. quantize: "int8" or "int4", for decoding alone; `dtype` is
+    then that of the computation, None: float32 on a CPU.
     Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
     """
+    check_kind(quantize)
     folder = local_folder(name)
     values = read_json(folder / "config.json")
     family = values.get("model_type")
@@ -51,9 +56,11 @@ def load_model(
     check_weights(folder)
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")  # transformers would go on without its stop ids
-    model = load_weights(
-        FAMILIES[family], folder, name, dtype=dtype, device=device, attention=attention, quantisation=quantisation
-    )
+    loaded = {"device": device, "attention": attention, "quantisation": quantisation}
+    model = load_weights(FAMILIES[family], folder, name, dtype=None if quantize else dtype, **loaded)
+    if quantize:
+        cpu = model.device.type == "cpu"
+        to_bits(model, quantize, torch_dtype(dtype) or (torch.float32 if cpu else model.dtype))
     tokenizer = load_tokenizer(folder)
     if model.config.mask_token_id is None and tokenizer is not None:
         model.config.mask_token_id = mask_of(tokenizer, model.config.mask_tokens)

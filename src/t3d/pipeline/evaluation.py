@@ -123,10 +123,12 @@ def _names(checkpoints: tuple[str, ...]) -> dict[str, str]:
 
 def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
     """(name, objective, model, tokenizer) of each model to evaluate, one in memory at a time."""
+    quantize = recipe.model.quantize
+    suffix = f"-{quantize}" if quantize else ""
     if recipe.eval.teacher and recipe.model.architecture is None:  # random weights have nothing to show
-        yield "teacher", None, *inputs.teacher
+        yield f"teacher{suffix}", None, *(inputs.load(quantize=quantize) if quantize else inputs.teacher)
         inputs.release()
     places = {"student": run / "student"} if run.complete("train") else {}
     for name, path in (places | _names(recipe.eval.checkpoints)).items():
         objective = recipe.objective if name == "student" else None
-        yield name, objective, *load_model(checkpoint(path), dtype=recipe.model.dtype, device=recipe.model.device)
+        yield name + suffix, objective, *load_model(checkpoint(path), **recipe.model.loading)

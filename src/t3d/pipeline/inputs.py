@@ -35,15 +35,17 @@ class Inputs:
         """(model, tokenizer)"""
         return self.load()
 
-    def load(self, dtype: str | None = None, device: str | None = None, quantisation=None):
-        """(model, tokenizer) of the `model` section; `dtype` and `device` override the section's."""
+    def load(
+        self, dtype: str | None = None, device: str | None = None, quantisation=None, quantize: str | None = None
+    ):
+        """(model, tokenizer) of the `model` section, its own `quantize` left out; `dtype` and `device` override it."""
         wanted = self.recipe.model
         dtype, device = dtype or wanted.dtype, device or wanted.device
         if wanted.architecture is not None:
             config = new_config(wanted.architecture, self.tokenizer)
             return new_model(config, self.recipe.seed, dtype, device), self.tokenizer
         path = checkpoint(wanted.path)
-        model, tokenizer = load_model(path, dtype=dtype, device=device, quantisation=quantisation)
+        model, tokenizer = load_model(path, dtype, device, quantisation=quantisation, quantize=quantize)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
         return model, tokenizer

@@ -33,6 +33,13 @@ def check_rollout(recipe: Recipe, inputs: Inputs) -> None:
     if recipe.rollout.source is not None:
         adopted(recipe, inputs)
         return
+    if recipe.rollout.quantized != (recipe.model.quantize is not None):
+        raise T3DError(
+            "model.quantize: a student would learn what a quantised teacher says; set rollout.quantized=true too if it "
+            "shall, or quantise in `t3d eval` alone"
+            if recipe.model.quantize
+            else "rollout.quantized=true needs model.quantize"
+        )
     names = [problem.id for problem in inputs.train_problems]
     decoding = inputs.task.guided(recipe.rollout.decoding(recipe.seed), inputs.teacher[1])
     check_prompts(recipe, *inputs.teacher, inputs.train_prompts, names, [decoding])
@@ -74,6 +81,10 @@ def rollout(run: RunFolder, recipe: Recipe, inputs: Inputs, number: int = 0) -> 
         "recipe": _settings(recipe, folder) | ({"round": number} if number else {}),
         "versions": versions(),
     }
+    if recipe.rollout.quantized:
+        del model
+        inputs.release()
+        model, _ = inputs.load(quantize=recipe.model.quantize)
     with (
         closing(make_engine(model, tokenizer, **vars(recipe.engine))) as engine,
         TrajectoryWriter(folder, metadata, shard_size=recipe.rollout.save_every) as writer,

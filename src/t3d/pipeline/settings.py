@@ -49,6 +49,7 @@ GROWING = {
     "eval.text",
     "eval.scorer",
     "eval.oracle",
+    "model.quantize",
 }
 LATER = {  # sections and keys that only later stages read
     "rollout": ("train.", "eval.", "task.num_eval", "task.eval_"),
@@ -67,6 +68,8 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
         ignored += ("rollout.", "train.", "task.num_train")
     if not source(recipe).rolls_out:
         ignored += ("rollout.",)
+    if stage == "train" or (stage == "rollout" and not recipe.rollout.quantized):
+        ignored += ("model.quantize",)
     if not recipe.rollout.retries:
         ignored += ("rollout.retr",)  # the runs of versions that knew none keep their names in a study
     flat = {}

@@ -23,7 +23,12 @@ from t3d.serve.worker import open_worker
 
 
 def serve(
-    models: list[str], config: ServeConfig, dtype: str | None = None, device: str | None = None, **engine_options
+    models: list[str],
+    config: ServeConfig,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantize: str | None = None,
+    **engine_options,
 ) -> None:
     """Serve `[NAME=]CHECKPOINT`s until SIGTERM or Ctrl-C; then answers in progress get `config.grace` seconds.
 
@@ -31,7 +36,7 @@ def serve(
     """
     listener = _listen(config)  # before the models are loaded, which may take minutes
     try:
-        served = load(models, config, dtype, device, **engine_options)
+        served = load(models, config, dtype, device, quantize, **engine_options)
         app = create_app(served, config)
         host, port = listener.getsockname()[:2]
         if config.host not in LOOPBACK and config.api_key is None:
@@ -43,11 +48,13 @@ def serve(
         listener.close()
 
 
-def load(models: list[str], config: ServeConfig, dtype=None, device=None, **engine_options) -> list[Served]:
+def load(
+    models: list[str], config: ServeConfig, dtype=None, device=None, quantize=None, **engine_options
+) -> list[Served]:
     loaded = []
     for argument in models:
         name, path = name_of(argument)
-        model, tokenizer = load_model(checkpoint(path), dtype=dtype, device=device)
+        model, tokenizer = load_model(checkpoint(path), dtype, device, quantize=quantize)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
         loaded.append((name, model, tokenizer, _default(path, model, tokenizer, config.decoding)))
