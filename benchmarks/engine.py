@@ -25,6 +25,7 @@ from transformers import DynamicCache
 
 from t3d.decoding import DecodingConfig
 from t3d.engine import Engine
+from t3d.engine.runner import product
 from t3d.models import SDARConfig, SDARForCausalLM
 
 BLOCK, PROMPT, NEW = 4, 64, 256
@@ -105,10 +106,11 @@ def product_seconds(model, tokens: int, logits: int) -> float:
     layers = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device=w.device, dtype=w.dtype) for w in layers}
     hidden = inputs[model.config.hidden_size][:logits]
+    head, products = product(model.lm_head.weight), [(product(w), inputs[w.shape[1]]) for w in layers]
     start = time.perf_counter()
-    for weight in layers:
-        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-    torch.nn.functional.linear(hidden, model.lm_head.weight)
+    for multiply, x in products:
+        multiply(x)
+    head(hidden)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

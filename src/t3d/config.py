@@ -42,7 +42,8 @@ class ModelConfig:
     dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
     device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
     quantize: str | None = _help(
-        "int8 or int4: evaluation and calibration decode with weights of so few bits, as models of their own", default=None
+        "int8 or int4: evaluation and calibration decode with weights of so few bits, as models of their own",
+        default=None,
     )
     architecture: dict[str, Any] | None = _help(
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "

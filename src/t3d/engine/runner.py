@@ -21,6 +21,9 @@ from t3d.models.family import FamilyModel, LayerParts
 
 ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
 _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side
+# From this size a weight does not stay in a core's cache. As the left factor it is read once, as it lies; as the right
+# one MKL copies it first, which takes longer than a product with few tokens (benchmarks/faster.py).
+_STREAMED = 1 << 20
 
 
 @dataclass
@@ -30,6 +33,7 @@ class _Layer:
     parts: LayerParts
     qkv: Callable[[Tensor], Tensor]  # -> (tokens, (heads + 2 * kv_heads) * head_dim)
     qk_norm: Tensor | None  # (heads + kv_heads, head_dim)
+    out: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
 
 
@@ -67,7 +71,9 @@ class Runner:
             qk_norm = None
             if parts.q_norm is not None:
                 qk_norm = torch.cat([parts.q_norm.expand(self.heads, -1), parts.k_norm.expand(self.kv_heads, -1)])
-            self.layers.append(_Layer(parts, self._join(parts.q, parts.k, parts.v), qk_norm, self._mlp(parts.mlp)))
+            qkv = self._join(parts.q, parts.k, parts.v)
+            self.layers.append(_Layer(parts, qkv, qk_norm, _linear(parts.out), self._mlp(parts.mlp)))
+        self.head = _linear(self.model.lm_head)
         self.final_norm = self.family.norm_weight(body.norm)
         self._rope, self._steps = None, None
 
@@ -77,15 +83,20 @@ class Runner:
         Only on a CPU, and only a small model: elsewhere the weights are not copied.
         """
         if not self.joined or not all(type(m) is nn.Linear for m in modules):
-            return lambda x: torch.cat([m(x) for m in modules], dim=-1)
+            parts = [_linear(m) for m in modules]
+            return lambda x: torch.cat([part(x) for part in parts], dim=-1)
         weight = torch.cat([m.weight for m in modules])
         bias = None if modules[0].bias is None else torch.cat([m.bias for m in modules])
-        return lambda x: F.linear(x, weight, bias)
+        return product(weight, bias)
 
     def _mlp(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):  # mixture of experts
             return lambda x: module(x[None])[0]
-        gate_up, activation, down = self._join(module.gate_proj, module.up_proj), module.act_fn, module.down_proj
+        gate_up, activation, down = (
+            self._join(module.gate_proj, module.up_proj),
+            module.act_fn,
+            _linear(module.down_proj),
+        )
 
         def forward(x: Tensor) -> Tensor:
             gate, up = gate_up(x).chunk(2, dim=-1)
@@ -133,7 +144,7 @@ class Runner:
     ) -> Tensor:
         """Logits, float32 (len(select), vocab), of packed tokens; all arguments int64 on the device."""
         hidden = self._layers(cache, attention, ids, positions, slots, select)
-        return self.model.lm_head(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.eps)).float()
+        return self.head(F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.eps)).float()
 
     def _layers(self, cache, attention, ids, positions, slots, select) -> Tensor:
         """Hidden states of the selected tokens; of the others the last layer computes keys and values only."""
@@ -155,11 +166,27 @@ class Runner:
             x = attention(number, qk[:, :heads]).reshape(len(ids), heads * dim)
             if number == last:
                 h, x = h.index_select(0, select), x.index_select(0, select)
-            x = parts.out(x)
+            x = layer.out(x)
             h += x if parts.attention_out_norm is None else F.rms_norm(x, width, parts.attention_out_norm, self.eps)
             x = layer.mlp(F.rms_norm(h, width, parts.mlp_norm, self.eps))
             h += x if parts.mlp_out_norm is None else F.rms_norm(x, width, parts.mlp_out_norm, self.eps)
         return h
+
+
+def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return product(module.weight, module.bias) if type(module) is nn.Linear else module
+
+
+def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The linear layer of a weight (outputs, inputs), as the function of (tokens, inputs) that is fastest here."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < _STREAMED:
+        return lambda x: F.linear(x, weight, bias)
+
+    def left(x: Tensor) -> Tensor:
+        out = torch.mm(weight, x.t()).t()
+        return out.contiguous() if bias is None else out + bias
+
+    return left
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

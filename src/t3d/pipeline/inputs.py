@@ -35,9 +35,7 @@ class Inputs:
         """(model, tokenizer)"""
         return self.load()
 
-    def load(
-        self, dtype: str | None = None, device: str | None = None, quantisation=None, quantize: str | None = None
-    ):
+    def load(self, dtype: str | None = None, device: str | None = None, quantisation=None, quantize: str | None = None):
         """(model, tokenizer) of the `model` section, its own `quantize` left out; `dtype` and `device` override it."""
         wanted = self.recipe.model
         dtype, device = dtype or wanted.dtype, device or wanted.device
