@@ -18,6 +18,7 @@ from t3d.engine.kv_cache import cache_shape
 from t3d.errors import T3DError, nearest
 from t3d.models import FAMILIES
 from t3d.models.files import first_line
+from t3d.models.quantize import PER_WEIGHT
 from t3d.pipeline.inputs import Inputs
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -212,7 +213,14 @@ def _tokens(recipe: Recipe, arguments, prompt: int) -> tuple[int, int, int, str]
 
 def _decoding(found: Sizes, recipe: Recipe, prompt: int, dtype: str):
     size = BYTES.get(dtype, 4)
-    yield Part("decode", "weights", found.parameters * size, f"{found.parameters:,} x {size} bytes ({dtype})")
+    if kind := recipe.model.quantize:
+        others = found.parameters - found.matrices + (found.embedding if found.config.tie_word_embeddings else 0)
+        each = PER_WEIGHT[kind]
+        how = f"{found.matrices:,} x {each} bytes ({kind}), {others:,} x {size} bytes ({dtype})"
+        yield Part("decode", "weights", found.matrices * each + others * size, how)
+        size = BYTES[recipe.model.dtype or "float32"]
+    else:
+        yield Part("decode", "weights", found.parameters * size, f"{found.parameters:,} x {size} bytes ({dtype})")
     layers, heads, dim = cache_shape(found.config)
     each = 2 * layers * heads * dim * size
     longest = prompt + max(recipe.rollout.max_tokens, recipe.eval.max_tokens)

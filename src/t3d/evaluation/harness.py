@@ -31,8 +31,8 @@ class T3DHarness(LM):
     """A block-diffusion checkpoint in the harness.
 
     pretrained: folder or hub id. batch_size: sequences in flight ("auto" or 1: the default). device, dtype, quantize:
-    as in `load_model`. max_gen_toks: where a task says nothing. Any setting of `DecodingConfig` (steps, strategy, threshold,
-    ...) is an argument too; a task's own temperature, top_k and top_p win where it samples.
+    as in `load_model`. max_gen_toks: where a task says nothing. Any setting of `DecodingConfig` (steps, strategy,
+    threshold, ...) is an argument too; a task's own temperature, top_k and top_p win where it samples.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from t3d.errors import T3DError
 
 KINDS = ("int8", "int4")
 GROUP = 32  # neighbouring inputs of an output that share a scale and an offset in 4 bits
+PER_WEIGHT = {"int8": 1, "int4": 0.5 + 4 / GROUP}  # bytes, scales included; the head and odd shapes have 8 bits
 _FEW = 64  # rows up to which the kernel for 8 bits is faster than making floating-point numbers of the weights
 _PART = 1 << 24  # weights that are floating-point numbers at once
 
@@ -26,9 +27,12 @@ def quantize(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
     """`model` with its linear layers in `kind` bits, in place; it computes in `dtype`, and cannot be trained or saved.
 
     8 bits instead of 4 have the head, whose errors go straight into the choice of tokens, and layers whose shape 4 bits
-    do not fit. The embedding keeps the precision of its files: only single rows of it are read.
+    do not fit. The embedding keeps the precision of its files: only single rows of it are read. Raises T3DError for
+    another `kind`, and for a mixture of experts.
     """
     check_kind(kind)
+    if any(weight.dim() > 2 for weight in model.parameters()):
+        raise T3DError("the experts of a mixture cannot be quantised, only linear layers")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

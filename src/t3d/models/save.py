@@ -37,9 +37,7 @@ def save_model(
 def write_checkpoint(model, folder: Path, tokenizer=None, *, source=None, max_shard_size: str = SHARD) -> None:
     """The files of a checkpoint, into an empty folder."""
     if getattr(model, "quantized", None):
-        raise T3DError(
-            "a quantised model is not saved: no other program reads its weights; quantise it when it is loaded"
-        )
+        raise T3DError("a quantised model is not saved: quantise the checkpoint when it is loaded")
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:  # a size that cannot be read, a generation config that contradicts itself
