@@ -6,7 +6,9 @@ import os
 import shutil
 
 import pytest
+import torch
 
+from t3d.models import load_model
 from t3d.trajectories import TrajectoryDataset
 
 
@@ -56,6 +58,33 @@ def test_a_checkpoint_alone_then_more_settings_then_a_student(t3d, write_recipe,
     assert {row["num_problems"] for row in rows(t3d.folder)} == {3}
     assert t3d("eval", recipe).code == 0
     assert [facts(row) for row in rows(t3d.folder)] == [facts(row) for row in expected]
+
+
+def test_weights_of_few_bits_are_models_of_their_own(t3d, write_recipe, finished):
+    run = t3d.folder / "runs" / "recipe"
+    shutil.copytree(finished[0], run)
+    write_recipe(t3d.folder)
+    whole = rows(t3d.folder)
+    done = t3d("eval", "recipe.yaml", "model.quantize=int8")
+    assert done.code == 0, done.stderr
+    grown = rows(t3d.folder)
+    models = {row["model"] for row in grown}
+    assert models == {"teacher", "student", "teacher-int8", "student-int8"}
+    assert [row for row in grown if not row["model"].endswith("-int8")] == whole
+    assert t3d("eval", "recipe.yaml", "model.quantize=int3").code == 2
+
+    said = t3d("rollout", "recipe.yaml", "model.quantize=int4", "run_dir=runs/few")
+    assert (said.code, said.stderr.count("\n")) == (2, 1)
+    assert "rollout.quantized=true" in said.stderr
+    assert not (t3d.folder / "runs" / "few").exists()
+    few = ["model.quantize=int4", "rollout.quantized=true", "run_dir=runs/few", "train.max_steps=1"]
+    done = t3d("run", "recipe.yaml", *few)
+    assert done.code == 0, done.stderr
+    student, _ = load_model(t3d.folder / "runs/few/student")  # it was trained with all bits
+    assert type(student.lm_head) is torch.nn.Linear
+
+    answer = t3d("generate", str(run / "student"), "How many?", "--quantize", "int4", "--max-tokens", "8")
+    assert answer.code == 0, answer.stderr
 
 
 def test_samples_seeds_and_checkpoints(t3d, write_recipe, tiny, finished):
