@@ -52,9 +52,11 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Seque
             kind.most_revisions,
         )
         batch.keep(kind, mine, memory)
+        arrays = [None if x is None else x.numpy() for x in (*vars(chosen).values(), some.certainty)]
+        drawn = some.proposal.numpy(), some.confidence.numpy()
         for place, number in enumerate(mine):
             if id(rows[number][0]) not in failed:
-                _apply(*rows[number], place, chosen, some)
+                _apply(*rows[number], place, drawn, *arrays)
     return batch.failures
 
 
@@ -229,23 +231,22 @@ class _Batch:
                 block.memory[name] = memory[name][line] if m.shape == "row" else memory[name][line, : len(block.tokens)]
 
 
-def _apply(sequence: Sequence, row: Row, line: int, chosen: Lawful, view: View) -> None:
-    """Change the row's block as `chosen` says in its line."""
+def _apply(sequence: Sequence, row: Row, line: int, drawn, commit, rewrite, new, remask, certainty) -> None:
+    """Change the row's block as its line says of what is drawn and what `Lawful` lets be done, all (rows, width)."""
     block = row.block
     size = len(block.tokens)
-    commit = chosen.commit[line, :size].numpy().nonzero()[0]
-    block.tokens[commit] = view.proposal[line].numpy()[commit]
-    block.confidence[commit] = view.confidence[line].numpy()[commit]
-    changed = commit
-    if chosen.rewrite is not None:
-        new = chosen.new[line].numpy()
-        places = chosen.rewrite[line, :size].numpy().nonzero()[0]
-        block.tokens[places] = new[places]
-        block.confidence[places] = view.certainty[line].numpy()[places]
+    proposal, confidence = drawn
+    changed = places = commit[line, :size].nonzero()[0]
+    block.tokens[places] = proposal[line, places]
+    block.confidence[places] = confidence[line, places]
+    if rewrite is not None:
+        places = rewrite[line, :size].nonzero()[0]
+        block.tokens[places] = new[line, places]
+        block.confidence[places] = certainty[line, places]
         block.revisions[places] += 1
         changed = np.concatenate([changed, places])
-    if chosen.remask is not None:
-        places = chosen.remask[line, :size].numpy().nonzero()[0]
+    if remask is not None:
+        places = remask[line, :size].nonzero()[0]
         block.tokens[places] = block.mask_id
         block.confidence[places] = 0.0
         block.revisions[places] += 1

@@ -30,9 +30,8 @@ class Query:
     segments: list[Segment]
     counted: bool = True  # this forward of the sequence is not counted by another query
 
-    @cached_property
-    def end(self) -> int:
-        return self.final + sum(map(len, self.segments))
+    def __post_init__(self):
+        self.end = self.final + sum(map(len, self.segments))
 
     @property
     def length(self) -> int:

@@ -190,10 +190,12 @@ class Sequence:
         config = self.request.config
         tokens = self.tokens[start : start + config.block_size].copy()
         size = len(tokens)
-        fixed = np.arange(start, start + size) < self.request.start
-        quotas = step_quotas(config.schedule, size, size - int(fixed.sum()), config.steps)
-        zeros, unsure = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.float32)
-        block = Block(start, self.mask_id, tokens, fixed, zeros, unsure, zeros.copy(), quotas)
+        known = min(max(self.request.start - start, 0), size)
+        fixed = np.zeros(size, dtype=bool)
+        fixed[:known] = True
+        quotas = step_quotas(config.schedule, size, size - known, config.steps)
+        steps, revisions, unsure = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.float32)
+        block = Block(start, self.mask_id, tokens, fixed, steps, unsure, revisions, quotas)
         block.skip()
         return block
 

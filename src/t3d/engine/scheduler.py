@@ -67,6 +67,8 @@ class Scheduler:
                     break
 
     def _admit(self) -> None:
+        if not self.waiting or len(self.running) >= self.max_batch_size:
+            return
         can_grow = sum(map(self._can_grow, self.running))
         while self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]

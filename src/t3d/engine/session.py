@@ -242,6 +242,8 @@ class Session:
 def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
     """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; and how many
     there are then."""
+    if segment.want.all():
+        return np.arange(count, count + len(segment)), count + len(segment)
     places = segment.want.nonzero()[0]
     rows = np.full(len(segment), -1)
     rows[places] = np.arange(count, count + len(places))
