@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from t3d.decoding.flight import Row
-from t3d.decoding.laws import Lawful, lawful
+from t3d.decoding.laws import lawful
 from t3d.decoding.policy import ENTROPY, FILLED, MARGIN, SHADOW, STOP, UNIFORM, Knobs, Policy, View
 from t3d.decoding.sampling import sample, uniform
 from t3d.engine.attention import to_device

@@ -5,7 +5,6 @@ tokens are decoded at once a forward waits for the weights, so fewer bytes are f
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t3d.errors import T3DError
@@ -13,7 +12,7 @@ from t3d.errors import T3DError
 KINDS = ("int8", "int4")
 GROUP = 32  # neighbouring inputs of an output that share a scale and an offset in 4 bits
 PER_WEIGHT = {"int8": 1, "int4": 0.5 + 4 / GROUP}  # bytes, scales included; the head and odd shapes have 8 bits
-_FEW = 64  # rows up to which the kernel for 8 bits is faster than making floating-point numbers of the weights
+_FEW = 24  # rows up to which the kernel for 8 bits is faster than making floating-point numbers of the weights
 _PART = 1 << 24  # weights that are floating-point numbers at once
 
 
@@ -84,8 +83,8 @@ class Int8Linear(_Quantized):
         if len(rows) <= _FEW and rows.device.type == "cpu":
             return torch._weight_int8pack_mm(rows, self.ints, self.scale)
         dtype = torch.float32 if rows.device.type == "cpu" else rows.dtype  # fast on any CPU
-        rows = rows.to(dtype)
-        return torch.cat([F.linear(rows, self.ints[part].to(dtype)) for part in self._parts()], dim=-1) * self.scale
+        columns = rows.to(dtype).t()  # on a CPU the faster way round, see `t3d.engine.runner`
+        return torch.cat([self.ints[part].to(dtype) @ columns for part in self._parts()]).t() * self.scale
 
 
 class Int4Linear(_Quantized):
