@@ -139,7 +139,7 @@ def test_bad_files(file, text, message):
 
 def test_other_bad_requests(file, tmp_path):
     path = file(lines(RECORDS))
-    with pytest.raises(T3DError, match=r"needs a file: set task\.path"):
+    with pytest.raises(T3DError, match=r"needs a file or a dataset: set task\.path"):
         get_task(TaskConfig(name="prompts")).problems("train")
     with pytest.raises(T3DError, match="does not exist"):
         task(tmp_path / "none.jsonl").problems("train")
