@@ -1,4 +1,4 @@
-"""Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported and served."""
+"""Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported, pushed and served."""
 
 import sys
 from pathlib import Path
@@ -191,6 +191,38 @@ def export_trajectories_command(
     dataset = TrajectoryDataset(rollout_of(source))
     words = None if format == "jsonl" else tokenizer_of(dataset, tokenizer)
     print(f"{out}: {export_trajectories(dataset, out, format, words, only_correct):,} trajectories")
+
+
+@app.command("push")
+def push_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="run folder, whose student is meant; or a folder of a checkpoint or of trajectories",
+            metavar="RUN_OR_FOLDER",
+            show_default=False,
+        ),
+    ],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub", metavar="REPO_ID", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="make a repository that only you see")] = False,
+    trajectories: Annotated[
+        bool, typer.Option("--trajectories", help="of a run folder push the rollout, as a dataset")
+    ] = False,
+) -> None:
+    """Upload a student or trajectories to the Hugging Face hub, with a card."""
+    from t3d.hub import push_checkpoint, push_trajectories
+    from t3d.log import to_terminal
+
+    to_terminal()
+    if not source.is_dir():
+        raise T3DError(f"{source} is not a folder")
+    if trajectories or any(source.glob("*.parquet")):
+        print(push_trajectories(rollout_of(source), repo_id, private))
+        return
+    if (source / "recipe.yaml").exists() and not (source / "student").exists():
+        raise T3DError(f"{source} has no student yet; `t3d train` makes it, and --trajectories pushes the rollout")
+    student = source / "student"
+    print(push_checkpoint(student if student.is_dir() else source, repo_id, private))
 
 
 @app.command("serve", cls=decoding_options("n", "seed", "max_tokens"))
