@@ -88,8 +88,8 @@ def test_what_is_asked_and_what_is_replied(of, record, asked, reply):
 
 
 def test_the_question_tells_the_whole_chat(of):
-    _, problems = of({"messages": CHAT}, {"messages": CHAT[1:3]})
-    assert [p.question for p in problems] == [TOLD, "How many legs has a cat?"]
+    _, problems = of({"messages": CHAT}, {"messages": CHAT[1:3]}, {"messages": say("system:", "user:Hi")})
+    assert [p.question for p in problems] == [TOLD, "How many legs has a cat?", "Hi"]
 
 
 def test_a_reply_in_words_is_a_response_to_learn_from_and_judges_none(of):

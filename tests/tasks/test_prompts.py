@@ -187,7 +187,11 @@ def test_real_questions_with_the_real_tokenizer(shared_data):
 
 
 def test_a_hundred_thousand_prompts(file):
-    path = file("".join(f'{{"question": "What is {i}+1?", "answer": "{i + 1}"}}\n' for i in range(100_000)))
+    asked = (
+        '{{"question": "What is {i}+1?", "answer": "{i}"}}\n',
+        ('{{"messages": [{{"role": "user", "content": "{i}?"}}, {{"role": "assistant", "content": "Yes"}}]}}\n'),
+    )
+    path = file("".join(asked[i % 2].format(i=i) for i in range(100_000)))
     start = time.perf_counter()
     assert len(task(path).problems("train", 50_000)) == 50_000
     assert time.perf_counter() - start < 60  # about 2 s; anything quadratic takes hours

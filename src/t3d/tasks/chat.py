@@ -50,6 +50,7 @@ def find_reply(record: dict, where: str) -> str | None:
 
 def transcript(messages: list[dict]) -> str:
     """The chat as one text: what the user says, if that is all, else every message behind its role."""
+    messages = [message for message in messages if message["content"].strip()]
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
