@@ -12,7 +12,7 @@ from operator import attrgetter
 from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine, FinishedEvent
 from t3d.tasks import Problem, Task, Verdict
-from t3d.trajectories import Trajectory, TrajectoryWriter
+from t3d.trajectories import MESSAGES, Trajectory, TrajectoryWriter
 
 JUDGED_TOGETHER = 64  # answers verified at a time, at most
 GROUP_SECONDS = 2.0  # after which those that have ended are verified, however few
@@ -59,7 +59,7 @@ def answers(
             return []
         verdicts = task.judge_all([t.text for _, t, _ in found], [job.problem for job, _, _ in found])
         return [
-            Answer(_named(trajectory, job, verdict), verdict, seconds)
+            Answer(_named(trajectory, job, verdict, task), verdict, seconds)
             for (job, trajectory, seconds), verdict in zip(found, verdicts, strict=True)
         ]
 
@@ -112,12 +112,16 @@ def store_answers(
         yield count
 
 
-def _named(trajectory: Trajectory, job: Job, verdict: Verdict) -> Trajectory:
+def _named(trajectory: Trajectory, job: Job, verdict: Verdict, task: Task) -> Trajectory:
+    problem, extra = job.problem, {}
+    if problem.messages is not None:  # `question` tells a chat for people
+        extra = {MESSAGES: task.messages(problem, task.prompt_text(problem))}
     return replace(
         trajectory,
-        prompt_id=job.problem.id,
+        prompt_id=problem.id,
         sample=job.sample,
-        question=job.problem.question,
-        answer=job.problem.answer,
+        question=problem.question,
+        answer=problem.answer,
         correct=verdict.correct,
+        extra=trajectory.extra | extra,
     )

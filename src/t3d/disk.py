@@ -5,24 +5,35 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from t3d.errors import T3DError
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it; T3DError if that fails."""
+    with writing_whole(path) as out:
+        out.write(text)
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, under a temporary name; it gets its own at the end of the block. If the block fails, it
+    goes; T3DError if the writing does."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
+            yield out
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise T3DError(f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise T3DError(f"cannot write {path}: {error.strerror}") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ DATA = {
     "missing": (None, "none.jsonl"),
     "not JSON": ('{"question": "a"}\n{"question": \n', "line 2"),
     "nothing in it": ("", "data.jsonl"),
-    "no question": ('{"prompt": "a"}\n', "no field 'question'"),
+    "no question": ('{"query": "a"}\n', "no field 'question'"),
+    "an unknown role": ('{"messages": [{"role": "robot", "content": "a"}]}\n', "line 1: message 1 of messages has the"),
     "half a character": ('{"question": "a"}\n{"question": "b\\ud800"}\n', "line 2: question holds U+D800"),
     "an empty question": ('{"question": "How many?"}\n{"question": " "}\n', "line 2: the question is empty"),
     "two with one id": (

@@ -139,7 +139,7 @@ def test_bad_files(file, text, message):
 
 def test_other_bad_requests(file, tmp_path):
     path = file(lines(RECORDS))
-    with pytest.raises(T3DError, match=r"needs a file: set task\.path"):
+    with pytest.raises(T3DError, match=r"needs a file or a dataset: set task\.path"):
         get_task(TaskConfig(name="prompts")).problems("train")
     with pytest.raises(T3DError, match="does not exist"):
         task(tmp_path / "none.jsonl").problems("train")
@@ -187,7 +187,11 @@ def test_real_questions_with_the_real_tokenizer(shared_data):
 
 
 def test_a_hundred_thousand_prompts(file):
-    path = file("".join(f'{{"question": "What is {i}+1?", "answer": "{i + 1}"}}\n' for i in range(100_000)))
+    asked = (
+        '{{"question": "What is {i}+1?", "answer": "{i}"}}\n',
+        ('{{"messages": [{{"role": "user", "content": "{i}?"}}, {{"role": "assistant", "content": "Yes"}}]}}\n'),
+    )
+    path = file("".join(asked[i % 2].format(i=i) for i in range(100_000)))
     start = time.perf_counter()
     assert len(task(path).problems("train", 50_000)) == 50_000
     assert time.perf_counter() - start < 60  # about 2 s; anything quadratic takes hours

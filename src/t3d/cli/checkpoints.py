@@ -1,4 +1,4 @@
-"""Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported and served."""
+"""Commands that take checkpoints or trajectories: shown, asked, converted, exported, imported, pushed and served."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,11 @@ from t3d.cli.decoding import decoding_options, settings_of
 from t3d.errors import T3DError
 
 SET = "a setting of a decode as in recipes, e.g. flight=look_ahead; may be repeated"
+
+
+def rollout_of(source: Path) -> Path:
+    """The folder of trajectories that is meant: a run's rollout, or the folder itself."""
+    return source / "rollout" if (source / "rollout").is_dir() else source
 
 
 @app.command("show")
@@ -129,6 +134,8 @@ def export_command(
     from t3d.models.export import export
 
     to_terminal()
+    if any(rollout_of(Path(checkpoint)).glob("*.parquet")):
+        raise T3DError(f"{checkpoint} holds trajectories; `t3d export-trajectories` writes them")
     done = export(str(named(checkpoint)), out, dtype, max_shard_size, merge_lora, base, engine, device)
     print(
         f"{out}: {done.parameters:,} parameters, {done.dtype}; loaded again, logits differ by at most "
@@ -159,6 +166,64 @@ def import_command(
     words, stops, size = generation_ids(checkpoint(tokenizer))
     found = import_rollouts(file, out, words, stops, block_size or size, metadata={"tokenizer": tokenizer})
     print(f"{out}: {found.kept:,} trajectories, {found.dropped.total():,} responses dropped: {describe(found)}")
+
+
+@app.command("export-trajectories")
+def export_trajectories_command(
+    source: Annotated[
+        Path,
+        typer.Argument(help="run folder, or folder of trajectories", metavar="RUN_OR_FOLDER", show_default=False),
+    ],
+    out: Annotated[Path, typer.Argument(help="file to write", metavar="OUT", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option(help="jsonl (all that is known), or of TRL's: prompt-completion (texts), messages (chats)"),
+    ] = "jsonl",
+    only_correct: Annotated[bool, typer.Option("--only-correct", help="those that were found correct")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer made them")] = None,
+) -> None:
+    """Write trajectories as JSON lines, for other programs or TRL's trainers."""
+    from t3d.log import to_terminal
+    from t3d.report.terminal import tokenizer_of
+    from t3d.trajectories import TrajectoryDataset
+    from t3d.trajectories.export import export_trajectories
+
+    to_terminal()
+    dataset = TrajectoryDataset(rollout_of(source))
+    words = None if format == "jsonl" else tokenizer_of(dataset, tokenizer)
+    print(f"{out}: {export_trajectories(dataset, out, format, words, only_correct):,} trajectories")
+
+
+@app.command("push")
+def push_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="run folder, whose student is meant; or a folder of a checkpoint or of trajectories",
+            metavar="RUN_OR_FOLDER",
+            show_default=False,
+        ),
+    ],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub", metavar="REPO_ID", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="make a repository that only you see")] = False,
+    trajectories: Annotated[
+        bool, typer.Option("--trajectories", help="of a run folder push the rollout, as a dataset")
+    ] = False,
+) -> None:
+    """Upload a student or trajectories to the Hugging Face hub, with a card."""
+    from t3d.hub import push_checkpoint, push_trajectories
+    from t3d.log import to_terminal
+
+    to_terminal()
+    if not source.is_dir():
+        raise T3DError(f"{source} is not a folder")
+    if trajectories or any(source.glob("*.parquet")):
+        print(push_trajectories(rollout_of(source), repo_id, private))
+        return
+    if (source / "recipe.yaml").exists() and not (source / "student").exists():
+        raise T3DError(f"{source} has no student yet; `t3d train` makes it, and --trajectories pushes the rollout")
+    student = source / "student"
+    print(push_checkpoint(student if student.is_dir() else source, repo_id, private))
 
 
 @app.command("serve", cls=decoding_options("n", "seed", "max_tokens"))

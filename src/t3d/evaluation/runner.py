@@ -114,7 +114,7 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
     def row(answer: Answer) -> Trajectory:
         t, verdict = answer.trajectory, answer.verdict
         extra = {EXTRACTED: verdict.extracted, REASON: verdict.reason, PIECES: pieces.of(t), SECONDS: answer.seconds}
-        return replace(t, extra=extra)
+        return replace(t, extra=t.extra | extra)
 
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
         counts = store_answers(writer, engine, jobs, config, task, row=row)

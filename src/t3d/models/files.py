@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from t3d.errors import T3DError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.model", "LICENSE*"]  # of a checkpoint on a hub
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,9 +44,8 @@ def local_folder(name: str | os.PathLike, needs: str = "config.json") -> Path:
         raise T3DError(f"no such checkpoint folder: {name}")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.model", "LICENSE*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # of many kinds: no network, no such id, no permission
         raise T3DError(
             f"no checkpoint {name}: not a folder here, and not found on the hub ({first_line(error)})"

@@ -107,7 +107,8 @@ def _results(rows: list[dict], recipe: Recipe) -> str:
 
 
 def _data(run: RunFolder, recipe: Recipe) -> str:
-    task = f"`{recipe.task.name}`" + (f" ({recipe.task.path})" if recipe.task.path else "")
+    data = recipe.task.path or recipe.task.dataset
+    task = f"`{recipe.task.name}`" + (f" ({data})" if data else "")
     return source(recipe).describe(run / "rollout", recipe, task)
 
 

@@ -52,8 +52,8 @@ GROWING = {
     "model.quantize",
 }
 LATER = {  # sections and keys that only later stages read
-    "rollout": ("train.", "eval.", "task.num_eval", "task.eval_"),
-    "train": ("eval.", "task.num_eval", "task.eval_"),
+    "rollout": ("train.", "eval.", "task.num_eval", "task.eval_", "task.dataset_test_split"),
+    "train": ("eval.", "task.num_eval", "task.eval_", "task.dataset_test_split"),
     "eval": (),
 }
 
@@ -72,6 +72,8 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
         ignored += ("model.quantize",)
     if not recipe.rollout.retries:
         ignored += ("rollout.retr",)  # the runs of versions that knew none keep their names in a study
+    if recipe.task.dataset is None:
+        ignored += ("task.dataset_",)  # likewise
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

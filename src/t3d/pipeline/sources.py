@@ -47,7 +47,8 @@ class Solutions:
     rolls_out = False
 
     def check(self, arguments: T3DConfig, inputs: Inputs) -> None:
-        inputs.task.solution(inputs.train_problems[0], Random(0))
+        for problem in inputs.train_problems:
+            inputs.task.solution(problem, Random(0))
         if arguments.rollout_rounds > 1:
             raise T3DError(
                 f"train.rollout_rounds: {arguments.objective} learns from ground truth and has no rollouts; set it to 1"

@@ -72,7 +72,7 @@ def show_folders(
     console = console or Console()
     folders = [folder for path in paths for folder in _folders(Path(path))]
     datasets = [TrajectoryDataset(folder) for folder in folders]
-    words = [_tokenizer(dataset, tokenizer) for dataset in datasets]
+    words = [tokenizer_of(dataset, tokenizer) for dataset in datasets]
     places = [{key: place for place, key in enumerate(dataset.keys())} for dataset in datasets]
     keys = [key for key in places[0] if prompt_id in (None, key[0]) and all(key in found for found in places)]
     if not keys:
@@ -113,8 +113,9 @@ def _labels(folders: list[Path]) -> list[str]:
     return ["/".join(part for part in each if part not in same) or each[-1] for each in parts]
 
 
-def _tokenizer(dataset: TrajectoryDataset, name: str | None):
-    name = name or dataset.metadata.get("recipe", {}).get("model.path")
+def tokenizer_of(dataset: TrajectoryDataset, name: str | None = None):
+    """The tokenizer of the checkpoint `name`, by default of the one that made the trajectories; None if unknown."""
+    name = name or dataset.metadata.get("tokenizer") or dataset.metadata.get("recipe", {}).get("model.path")
     return load_tokenizer(checkpoint(name)) if name or "recipe" in dataset.metadata else None
 
 

@@ -13,6 +13,7 @@ from t3d.errors import T3DError, nearest
 
 SPLITS = ("train", "dev", "test")
 STOP, DROP = "stop", "drop"  # what to do about prompts that cannot be decoded
+DATASET_KEYS = ("dataset_config", "dataset_train_split", "dataset_test_split")
 THINK = "<think>\n"
 
 
@@ -28,6 +29,7 @@ class Problem:
     question: str
     answer: str | None = None  # reference answer; None where there is nothing to compare with
     extra: dict = field(default_factory=dict)  # what the task needs besides (tests, story, ...)
+    messages: list[dict] | None = None  # a chat (role, content) up to the user's last message; `question` tells it
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,18 @@ class TaskConfig:
 
     name: str = _help("task, or a Python file that registers one", default="word_problems")
     eval_name: str | None = _help("another task for evaluation; default: `name`", default=None)
-    path: str | None = _help("local file to read problems from: JSONL, JSON, Parquet, gzipped or not", default=None)
+    path: str | None = _help(
+        "local file to read problems from: JSONL, JSON, CSV, TSV, Parquet, gzipped or not", default=None
+    )
     eval_path: str | None = _help("local file for evaluation; default: `path`", default=None)
-    dataset: str | None = _help("dataset on the hub instead of the task's own, e.g. Gen-Verse/GSM8K", default=None)
+    dataset: str | None = _help(
+        "dataset on the hub instead of the task's own, e.g. Gen-Verse/GSM8K, or a folder with one", default=None
+    )
+    dataset_config: str | None = _help("configuration (subset) of `dataset`", default=None)
+    dataset_train_split: str | None = _help("split of `dataset` for rollouts; default: train", default=None)
+    dataset_test_split: str | None = _help(
+        "split of `dataset` for evaluation, e.g. train[90%:]; default: test, or validation for dev", default=None
+    )
     question_field: str | None = _help("field of the question; default: the task's own", default=None)
     answer_field: str | None = _help("field of the reference answer; default: the task's own", default=None)
     id_field: str | None = _help("field of the id; default: 'id' where present, else file and line", default=None)
@@ -63,6 +74,12 @@ class TaskConfig:
     def __post_init__(self):
         if self.bad_prompts not in (STOP, DROP):
             raise T3DError(f"task.bad_prompts is {STOP!r} or {DROP!r}, got {self.bad_prompts!r}")
+        if self.dataset is None:
+            for name in DATASET_KEYS:
+                if getattr(self, name) is not None:
+                    raise T3DError(f"task.{name} is of a dataset; set task.dataset, too")
+        elif self.path is not None:
+            raise T3DError("task.path and task.dataset both say where the problems are; set one of them")
 
 
 class Task:
@@ -86,16 +103,30 @@ class Task:
         return True
 
     def prompt_text(self, problem: Problem) -> str:
-        """The user's message: the question inside the task's template (other braces stay as they are)."""
-        return self.template.replace("{question}", problem.question)
+        """The user's message: the question inside the task's template (other braces stay as they are).
+
+        A chat's last message is whole without the task's own template; `task.template` goes around it.
+        """
+        if problem.messages is None:
+            return self.template.replace("{question}", problem.question)
+        return (self.config.template or "{question}").replace("{question}", problem.messages[-1]["content"])
+
+    def messages(self, problem: Problem, text: str) -> list[dict]:
+        """The chat that ends with `text`, the user's message."""
+        return [*(problem.messages or ())[:-1], {"role": "user", "content": text}]
 
     def answer_start(self, problem: Problem) -> str:
         """What the answer is made to begin with; it counts as prompt."""
         return THINK if self.config.start_with_think else ""
 
     def prompt(self, problem: Problem, tokenizer) -> list[int]:
-        """Prompt ids: template, the tokenizer's chat template (if any) up to the answer, and the answer's start."""
-        text = _rendered(self.prompt_text(problem), tokenizer) + self.answer_start(problem)
+        """Prompt ids: template, the tokenizer's chat template (if any) up to the answer, and the answer's start.
+
+        Raises:
+            T3DError: the chat template refuses the messages, or is missing where there are several.
+        """
+        messages = self.messages(problem, self.prompt_text(problem))
+        text = _rendered(messages, tokenizer, problem.id) + self.answer_start(problem)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def known_answer(self, problem: Problem) -> str | None:
@@ -115,7 +146,7 @@ class Task:
                 "set reference_sees=prompt"
             )
         system, message = self.telling(problem, answer)
-        text = _rendered(message, tokenizer, system) + self.answer_start(problem)
+        text = _told(system, self.messages(problem, message), tokenizer, problem.id) + self.answer_start(problem)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def telling(self, problem: Problem, answer: str) -> tuple[str | None, str]:
@@ -126,7 +157,8 @@ class Task:
         """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""
         if decoding.negative_prompt is None:
             return decoding
-        text = _rendered(self.template.replace("{question}", decoding.negative_prompt), tokenizer)
+        text = self.template.replace("{question}", decoding.negative_prompt)
+        text = _rendered([{"role": "user", "content": text}], tokenizer, "negative_prompt")
         return replace(decoding, negative_prompt=text + Task.answer_start(self, Problem("", "")))
 
     def judge(self, text: str, problem: Problem) -> Verdict:
@@ -146,19 +178,35 @@ class Task:
         raise T3DError(f"task {self.name!r} has no ground-truth responses for {problem.id}; train on rollouts")
 
 
-def _rendered(text: str, tokenizer, system: str | None = None) -> str:
-    """The text as the user's message, behind a `system` message, in the tokenizer's chat template, if it has one."""
+def _rendered(messages: list[dict], tokenizer, name: str) -> str:
+    """The messages in the tokenizer's chat template, up to the answer; without a template, the only one's text."""
     if not getattr(tokenizer, "chat_template", None):
-        return text if system is None else f"{system}\n\n{text}"
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": text})
+        if len(messages) == 1:
+            return messages[0]["content"]
+        raise T3DError(
+            f"{name}: {len(messages)} messages need a chat template, which the tokenizer does not have; add "
+            "chat_template.jinja to the model's folder"
+        )
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # raised by the template itself
-        if system is None:
-            raise
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # raised by the template itself
+        raise T3DError(f"{name}: the tokenizer's chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+def _told(system: str | None, messages: list[dict], tokenizer, name: str) -> str:
+    """The messages as `_rendered`, with `system` in the system message."""
+    if system is None:
+        return _rendered(messages, tokenizer, name)
+    if not getattr(tokenizer, "chat_template", None):
+        return f"{system}\n\n" + _rendered(messages, tokenizer, name)
+    content = system
+    if messages[0]["role"] == "system":
+        content, messages = f"{messages[0]['content']}\n\n{system}", messages[1:]
+    try:
+        found = _rendered([{"role": "system", "content": content}, *messages], tokenizer, name)
+    except T3DError:
         found = ""
-    if system is not None and system.strip() not in found:
+    if system.strip() not in found:
         raise T3DError(
             "train.reference_sees: the tokenizer's chat template shows no system message, where the reference answer "
             "would stand; set reference_sees=prompt"
@@ -194,7 +242,8 @@ def get_task(config: TaskConfig, evaluation: bool = False) -> Task:
     `config.name` is a registered name or the path of a Python file that registers one task.
     """
     if evaluation and config.eval_name is not None:
-        config = replace(config, name=config.eval_name, path=config.eval_path, dataset=None)
+        others = dict.fromkeys(("dataset", *DATASET_KEYS))
+        config = replace(config, name=config.eval_name, path=config.eval_path, **others)
     if config.name.endswith(".py"):
         return _from_file(config.name)(config)
     names = task_names()

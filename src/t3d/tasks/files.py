@@ -1,16 +1,18 @@
-"""A task whose problems are records of a local file or of a dataset on the Hugging Face hub."""
+"""A task whose problems are records of a local file, or of a dataset in a folder or on the Hugging Face hub."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
 from t3d.errors import T3DError, characters, nearest
 from t3d.tasks.base import Problem, Task, check_split
-from t3d.tasks.records import read_records
+from t3d.tasks.records import read_dataset, read_records
+
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
 class FileTask(Task):
-    """Reads `path` (`eval_path` for dev and test), else the hub; subclasses say what a record's fields mean.
+    """Reads `path` (`eval_path` for dev and test), else a dataset; subclasses say what a record's fields mean.
 
     A local file is used for whatever stage asks for it, whole: with only `path` set, training and evaluation see
     the same problems (`held_out` says so). `n` of more records is a choice by seed, in the file's order; a larger
@@ -47,7 +49,7 @@ class FileTask(Task):
         """Whether training and evaluation read different data."""
         if self.config.path is not None:
             return self.config.eval_path not in (None, self.config.path)
-        return self.config.eval_path is not None or self.hub.get("train") != self.hub.get("test")
+        return self.config.eval_path is not None or self._dataset("train") != self._dataset("test")
 
     def problem(self, record: dict, id: str, where: str) -> Problem:
         """The problem that `record` describes. Raises `T3DError`, which begins with `where`, if it cannot."""
@@ -87,23 +89,32 @@ class FileTask(Task):
         path = self.config.path if split == "train" else self.config.eval_path or self.config.path
         if path is not None:
             return path, Path(path).name.split(".")[0], read_records(path)
-        if not self.hub:
-            raise T3DError(f"task {self.name!r} needs a file: set task.path=FILE (JSONL, JSON or Parquet)")
-        if split not in self.hub:
+        found = self._dataset(split)
+        if found is None and not self.hub:
+            raise T3DError(
+                f"task {self.name!r} needs a file or a dataset: set task.path=FILE (JSONL, JSON, CSV, TSV or Parquet), "
+                "or task.dataset to a hub id or a folder"
+            )
+        if found is None:
             other = ", ".join(sorted(self.hub))
             raise T3DError(
                 f"{self.name} has no {split} problems on the hub, only {other}; set task.path or another task"
             )
-        dataset, configuration, hub_split = self.hub[split]
-        if self.config.dataset is not None:
-            dataset, configuration = self.config.dataset, None
-        return dataset, f"{dataset}/{hub_split}", _from_hub(dataset, configuration, hub_split)
+        return found[0], f"{found[0]}/{found[2]}", read_dataset(*found)
+
+    def _dataset(self, split: str) -> tuple[str, str | None, str] | None:
+        """Dataset, configuration and its split that have the problems of our split."""
+        config, own = self.config, self.hub.get(split)
+        if config.dataset is None or (own is None and self.hub):
+            return own
+        chosen = config.dataset_train_split if split == "train" else config.dataset_test_split
+        return config.dataset, config.dataset_config, chosen or (own[2] if own else HUB_SPLITS[split])
 
 
 def pick(record: dict, chosen: str | None, usual: tuple[str, ...], where: str, optional: bool = False):
-    """The value of field `chosen`, or of the first of `usual` that the record has."""
+    """The value of field `chosen`, or of the first of `usual` that the record has, one with a value if there is."""
     names = (chosen,) if chosen is not None else usual
-    for name in names:
+    for name in sorted(names, key=lambda name: record.get(name) is None):  # tables have every field in every row
         if name in record:
             value = record[name]
             return characters(value, f"{where}: {name}") if isinstance(value, str) else value
@@ -112,17 +123,3 @@ def pick(record: dict, chosen: str | None, usual: tuple[str, ...], where: str, o
     wanted = " or ".join(map(repr, names))
     found = ", ".join(map(str, record)) or "none"
     raise T3DError(f"{where}: no field {wanted}{nearest(names[0], map(str, record))}; fields found: {found}")
-
-
-def _from_hub(dataset: str, configuration: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset
-
-    try:
-        records = load_dataset(dataset, configuration, split=split)
-    except Exception as error:  # the library has dozens, from network, cache and parsing
-        cause = str(error).strip().split("\n")[0]
-        raise T3DError(
-            f"cannot load {dataset} ({split}) from the Hugging Face hub: {cause[:200]}; "
-            "check the network and HF_HUB_OFFLINE, or download it and set task.path=FILE"
-        ) from error
-    return ((f"record {number}", record) for number, record in enumerate(records, start=1))

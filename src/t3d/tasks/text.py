@@ -5,10 +5,12 @@ Evaluate with `eval.text=true` for BLEU, ROUGE-L and the like (`t3d.evaluation.t
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from t3d.errors import T3DError
-from t3d.tasks.base import Verdict, register
+from t3d.tasks.base import Problem, Verdict, register
+from t3d.tasks.chat import find_chat, find_reply, transcript
 from t3d.tasks.files import FileTask
 
 PROMPT_WORDS = 32
@@ -16,10 +18,19 @@ PROMPT_WORDS = 32
 
 @register("text")
 class Text(FileTask):
-    """Records with a question (an article, the turns so far) and optionally a reference text; nothing is verified."""
+    """Records with a question (an article, the turns so far, a chat) and optionally a reference text; nothing is
+    verified."""
 
-    question_fields = ("question", "article", "document", "dialogue", "prompt", "text")
+    question_fields = ("question", "article", "document", "dialogue", "prompt", "text", "messages", "conversations")
     answer_fields = ("answer", "highlights", "summary", "response", "reference")
+
+    def problem(self, record: dict, id: str, where: str) -> Problem:
+        chosen = self.config.question_field
+        messages, reply = find_chat(record, chosen, where) or (None, find_reply(record, where))
+        if messages is not None:
+            record = record | {chosen or "question": transcript(messages)}
+        problem = super().problem(record, id, where)
+        return replace(problem, messages=messages, answer=problem.answer or reply)
 
     def judge(self, text: str, problem) -> Verdict:
         return Verdict(None, text.strip())

@@ -6,6 +6,7 @@ from t3d.blocks import origin
 from t3d.errors import T3DError
 
 FINISH_REASONS = ("stop", "length")
+MESSAGES = "messages"  # key of Trajectory.extra: the chat that the prompt was made of, where it was one
 
 
 @dataclass(frozen=True)
