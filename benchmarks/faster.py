@@ -13,11 +13,11 @@ Time is processor time divided by the number of threads, which other work on the
 """
 
 import argparse
-import copy
 import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,6 +88,26 @@ def size(model) -> int:
     return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
+def measured(kind: str, options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each batch size. One kind after the other: of a large shape there is room for one."""
+    model = make_model(options.shape, "cpu", torch.float32)
+    model, twin = pair(model if kind == "float32" else quantize(model, kind, torch.float32))
+    for batch in options.batch:
+        prompts = torch.randint(0, 256, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+        found = {name: [] for name in ("generate", *options.steps)}
+        for _ in range(options.rounds):
+            found["generate"].append(batch / autoregressive(twin, prompts))
+            for steps in options.steps:
+                found[steps].append(batch * BLOCK / diffusion(model, prompts, steps))
+        rates = {name: statistics.median(values) for name, values in found.items()}
+        row = {"batch": batch, "weights": kind, "gigabytes": size(model) / 1e9} | rates
+        row["needs"] = BLOCK * rates["generate"] / rates[1] if 1 in rates else None
+        needs = "" if row["needs"] is None else f"{row['needs']:7.2f}"
+        tokens = " ".join(f"{rates[name]:9.2f}" for name in ("generate", *options.steps))
+        print(f"{batch:5} {kind:>8} {row['gigabytes']:5.2f} {tokens} {needs}", flush=True)
+        yield row
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,11 +121,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
-    exact = make_model(options.shape, "cpu", torch.float32)
-    models = {}
-    for kind in options.weights:
-        model = exact if kind == "float32" else quantize(copy.deepcopy(exact), kind, torch.float32)
-        models[kind] = pair(model)
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
     print(f"shape {options.shape}, {about}")
     print(
@@ -113,23 +128,7 @@ def main() -> None:
         *(f"{f'{s} steps':>9}" for s in options.steps),
         "  needs",
     )
-    rows = []
-    for batch in options.batch:
-        prompts = torch.randint(0, 256, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
-        found = {kind: {name: [] for name in ("generate", *options.steps)} for kind in models}
-        for _ in range(options.rounds):
-            for kind, (model, twin) in models.items():
-                found[kind]["generate"].append(batch / autoregressive(twin, prompts))
-                for steps in options.steps:
-                    found[kind][steps].append(batch * BLOCK / diffusion(model, prompts, steps))
-        for kind, by_name in found.items():
-            rates = {name: statistics.median(values) for name, values in by_name.items()}
-            row = {"batch": batch, "weights": kind, "gigabytes": size(models[kind][0]) / 1e9} | rates
-            row["needs"] = BLOCK * rates["generate"] / rates[1] if 1 in rates else None
-            rows.append(row)
-            needs = "" if row["needs"] is None else f"{row['needs']:7.2f}"
-            tokens = " ".join(f"{rates[name]:9.2f}" for name in ("generate", *options.steps))
-            print(f"{batch:5} {kind:>8} {row['gigabytes']:5.2f} {tokens} {needs}", flush=True)
+    rows = [row for kind in options.weights for row in measured(kind, options)]
     if options.json:
         options.json.write_text(json.dumps({"shape": options.shape, "about": about, "rows": rows}, indent=1) + "\n")
 
