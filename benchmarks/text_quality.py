@@ -1,7 +1,7 @@
 """How good and how fast answers are at each number of steps, beside the autoregressive model that they come from.
 
     python benchmarks/text_quality.py CHECKPOINT... --original MODEL [--task gsm8k --path test.jsonl] [--problems N]
-        [--max-tokens N] [--batch N] [--judge MODEL] [--json FILE]
+        [--max-tokens N] [--batch N] [--judge MODEL] [--device cuda] [--json FILE]
 
 MODEL is a causal model of transformers: a folder, a hub id, a GGUF file, or a name such as smollm2. It answers the
 same test problems by transformers' own greedy `generate`. Perplexities are of answers behind their prompts, under the
@@ -24,6 +24,7 @@ from t3d.decoding import DecodingConfig
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.errors import T3DError
+from t3d.evaluation.runner import hardware
 from t3d.evaluation.scoring import Scorer, load_scorer
 from t3d.evaluation.text import bleu, check_libraries, distinct, rouge_l
 from t3d.models import load_model
@@ -43,12 +44,12 @@ COLUMNS = {
 }
 
 
-def load_causal(name: str) -> Scorer:
+def load_causal(name: str, device: str) -> Scorer:
     name = packaged(name) if name in PACKAGES else name
     if not str(name).endswith(".gguf"):
-        return load_scorer(str(checkpoint(name)))
+        return load_scorer(str(checkpoint(name)), device)
     with TemporaryDirectory() as beside, as_folder(Path(name), Path(beside), ("llama", "qwen2", "qwen3")) as folder:
-        return load_scorer(str(folder))
+        return load_scorer(str(folder), device)
 
 
 @torch.inference_mode()
@@ -60,8 +61,8 @@ def generate(scorer: Scorer, prompts: list[list[int]], most: int, batch: int) ->
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
         width = max(map(len, some))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in some])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in some], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
         written = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=min(stops)
         )
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     try:
@@ -102,10 +104,10 @@ def measure(args: argparse.Namespace) -> dict:
     task = get_task(TaskConfig(name=args.task, path=args.path))
     problems = task.problems("test", args.problems)
     solutions = [task.solution(problem, Random(problem.id)) for problem in problems]
-    original = load_causal(args.original)
+    original = load_causal(args.original, args.device)
     if original.diffusion:
         raise T3DError(f"{args.original} is a block-diffusion model; --original needs the autoregressive one")
-    judge = original if args.judge is None else load_causal(args.judge)
+    judge = original if args.judge is None else load_causal(args.judge, args.device)
     rows = {}
 
     def add(name: str, tokenizer, answer) -> None:
@@ -138,7 +140,7 @@ def measure(args: argparse.Namespace) -> dict:
     by_transformers = partial(generate, original, most=args.max_tokens, batch=args.batch)
     add(f"{args.original}, autoregressive", original.tokenizer, by_transformers)
     for name in args.checkpoints:
-        model, tokenizer = load_model(checkpoint(name))
+        model, tokenizer = load_model(checkpoint(name), device=args.device)
         engine = Engine(model, tokenizer, max_batch_size=args.batch)
         size = model.config.window or args.max_tokens
         settings = {f"{size >> i} steps": {"steps": size >> i} for i in range(size.bit_length())}
@@ -152,7 +154,7 @@ def measure(args: argparse.Namespace) -> dict:
         "problems": len(problems),
         "judge": args.judge or args.original,
         "batch": args.batch,
-        "threads": torch.get_num_threads(),
+        "on": hardware(original.model),
         "rows": rows,
     }
 
@@ -162,7 +164,7 @@ def table(result: dict) -> str:
         return "" if row.get(column) is None else format(row[column], COLUMNS[column])
 
     lines = [
-        f"{result['problems']} problems of {result['task']}, {result['batch']} at once, {result['threads']} threads; "
+        f"{result['problems']} problems of {result['task']}, {result['batch']} at once, on {result['on']}; "
         f"judge: {result['judge']}\n",
         "| | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
         "|---|" + "---:|" * len(COLUMNS),

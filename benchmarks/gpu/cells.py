@@ -33,9 +33,10 @@ class OutOfTime(BaseException):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a phase runs. `rehearse`: at tiny shapes on a CPU; the only switch between the two."""
+    """Where a phase runs, and where its results go. `rehearse`: at tiny shapes on a CPU; the only switch."""
 
     rehearse: bool
+    folder: Path
 
     @property
     def device(self) -> str:

@@ -14,10 +14,15 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import correct  # noqa: E402
 import decode  # noqa: E402
+import real  # noqa: E402
+import text_quality  # noqa: E402
 import train  # noqa: E402
+
+from t3d.evaluation.rows import percent  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks/gpu/report.py writes from here -->", "<!-- to here -->"
 MISSING = "not measured"
+PHASES = ("correct", "decode", "train", "real")
 
 
 def read(folder: Path, phase: str) -> dict:
@@ -37,8 +42,15 @@ def page(found: dict[str, dict]) -> str:
         "correct": "**Correct.**",
         "decode": "**Decoding.** Tokens per second in steady decoding, prompts of 256 tokens, 256 new ones, bf16.",
         "train": "**Training.** SDAR-1.7B's shape in bf16, one packed row per step.",
+        "real": "**A real model.** SmolLM2-135M by the recipes of [real-model.md](real-model.md) in the sizes of "
+        "`benchmarks/gpu/real.py`, bf16; answers 256 at a time, with a 95% interval of the accuracy.",
     }
-    tables = {"correct": correctness, "decode": lambda cells: [decoding(cells), *profile(cells)], "train": training}
+    tables = {
+        "correct": correctness,
+        "decode": lambda cells: [decoding(cells), *profile(cells)],
+        "train": training,
+        "real": real_model,
+    }
     for phase, head in heads.items():
         if cells := found[phase]["cells"]:  # else the list above has said it
             parts += [head, *tables[phase](cells)]
@@ -148,6 +160,51 @@ def training(cells: dict) -> list[str]:
     return [table(["row", "tokens/s", "MFU", "seconds per step", "peak, GB", "`t3d plan`, GB"], rows)]
 
 
+def real_model(cells: dict) -> list[str]:
+    source = said(cells, "convert", lambda cell: f"from {cell['source']}")
+    answers = said(
+        cells,
+        "rollout",
+        lambda c: f"{c['answers']:,} answers, {c['correct']:.1%} correct, {c['rollout_seconds']:.0f} s",
+    )
+    made = [
+        [
+            name,
+            value(cells, name, "steps", ",d", MISSING),
+            value(cells, name, "train_seconds", ".0f"),
+            value(cells, name, "tokens_per_second", ",.0f"),
+            said(cells, name, lambda cell: "{:.3g} to {:.3g}".format(*cell["loss"])),
+            value(cells, name, "memory_gb", ".1f"),
+        ]
+        for name in real.MODELS
+    ]
+    rows = [
+        [model, str(steps), *judged(cells, "word_problems", model, steps), *judged(cells, "gsm8k", model, steps)]
+        for model in real.MODELS
+        for steps in real.STEPS
+    ]
+    head = ["model", "steps per block"]
+    for task in ("word problems", "GSM8K"):
+        head += [f"{task}, %", "n", "TPF", "tokens/s"]
+    quality = said(cells, "text", text_quality.table)
+    return [
+        f"The model: {source}. Rollout: {answers}.",
+        table(["trained", "steps", "seconds", "tokens/s", "loss", "peak, GB"], made),
+        table(head, rows),
+        quality if "rows" in cells.get("text", ()) else f"Text quality: {quality}.",
+    ]
+
+
+def judged(cells: dict, task: str, model: str, steps: int) -> list[str]:
+    """Accuracy with its interval, n, TPF and tokens per second."""
+    name = f"{task} {model}"
+    row = cells.get(name, {}).get(f"{steps} steps")
+    if row is None:
+        return [said(cells, name, str), "", "", ""]
+    accuracy, interval = percent(row["accuracy"]), " to ".join(map(percent, row["ci95"]))
+    return [f"{accuracy} ({interval})", str(row["num_verified"]), f"{row['tpf']:.2f}", f"{row['tps']:,.0f}"]
+
+
 def said(cells: dict, name: str, text) -> str:
     cell = cells.get(name)
     if cell is None:
@@ -177,7 +234,7 @@ def main() -> None:
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{options.page} has no markers {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    tables = page({phase: read(options.folder, phase) for phase in ("correct", "decode", "train")})
+    tables = page({phase: read(options.folder, phase) for phase in PHASES})
     options.page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
 
 

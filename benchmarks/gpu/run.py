@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/run.py PHASE... [--seconds N] [--json DIR] [--rehearse]
 
-Phases: correct, decode, train. Each writes DIR/PHASE.json after every cell. `--seconds`: for all phases together; each
-takes its share of what is left. A cell that fails is one line in the file, and is tried again by the next call.
+Phases: correct, decode, train, real. Each writes DIR/PHASE.json after every cell. `--seconds`: for all phases together;
+each takes its share of what is left. A cell that fails is one line in the file, and is tried again by the next call.
 `--rehearse`: every line at tiny shapes on a CPU.
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PHASES = ("correct", "decode", "train")
+PHASES = ("correct", "decode", "train", "real")
 GRACE = 20  # seconds for a cell that does not hear the alarm
 
 
@@ -72,7 +72,7 @@ def run_phase(name: str, folder: Path, options: argparse.Namespace) -> None:
         raise SystemExit("no GPU is visible; --rehearse runs tiny shapes on the CPU")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    place, parent = Place(options.rehearse), os.getppid()
+    place, parent = Place(options.rehearse, folder.resolve()), os.getppid()
 
     def stop(*_):
         raise OutOfTime

@@ -54,7 +54,7 @@ def test_the_toys_rows(original, tmp_path, capsys):
 
 def test_transformers_answers_end_at_the_stop_token(original):
     """Alone or beside a longer prompt, whose padding must not count."""
-    scorer = text_quality.load_causal(original)
+    scorer = text_quality.load_causal(original, "cpu")
     prompts = [[5, 6, 7], list(range(5, 25))]
     whole = text_quality.generate(scorer, prompts, 12, 2)
     assert whole == [text_quality.generate(scorer, [prompt], 12, 1)[0] for prompt in prompts]

@@ -32,7 +32,9 @@ def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -
         return 0.0, 1.0
     rng = np.random.default_rng(seed)
     data = np.asarray(values, float)
-    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
+    rows = max(1, 2**20 // len(data))  # at a time, which bounds the memory
+    counts = [min(rows, resamples - done) for done in range(0, resamples, rows)]
+    means = np.concatenate([data[rng.integers(len(data), size=(count, len(data)))].mean(1) for count in counts])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

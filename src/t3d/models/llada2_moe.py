@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
 from t3d.errors import T3DError
 from t3d.models.family import FamilyModel, PublishedConfig
@@ -52,6 +52,20 @@ class LLaDA2MoeModelLM(FamilyModel, Glm4MoeForCausalLM):
     config_class = LLaDA2MoeConfig
 
 
+class SplitHeads(ConversionOps):
+    """Rows of all heads of queries, then keys, then values, as three; transformers has such a one only after 5.17."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, *, config, **kwargs):
+        (found,) = input_dict.values()
+        tensor = found[0] if isinstance(found, list) else found
+        rows = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+        return {name: part.contiguous() for name, part in zip(target_patterns, tensor.split(rows), strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(dim=0)
+
+
 register_checkpoint_conversion_mapping(
     "llada2_moe",
     [
@@ -60,10 +74,10 @@ register_checkpoint_conversion_mapping(
         WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
         WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
         WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
-        WeightConverter(  # rows of all heads of queries, then keys, then values
+        WeightConverter(
             source_patterns="attention.query_key_value",
             target_patterns=["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            operations=[Split(dim=0)],
+            operations=[SplitHeads()],
         ),
         *get_checkpoint_conversion_mapping("qwen2_moe"),  # experts one by one in files
     ],
