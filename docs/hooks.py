@@ -73,6 +73,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Turn links between files of the repository into links between pages."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # which there is the page alone
     here, path = PurePosixPath(page.file.src_uri).parent, path_of(page.file.src_uri)
 
     def led(match: re.Match) -> str:

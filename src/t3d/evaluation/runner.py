@@ -50,7 +50,8 @@ def evaluate(
     Args:
         engine: made with its defaults if not given.
         output: folder for the responses; without one they are not kept.
-        name: of the model, in the rows and in the folders. objective: how it was trained, for the rows.
+        name: of the model, in the rows and in the folders.
+        objective: how it was trained, for the rows.
         versions: kept in the files' metadata.
 
     Raises:
