@@ -43,6 +43,15 @@ def test_the_site(tmp_path, monkeypatch):
     assert "how little a likely token counts" in pages["contributing.html"]
 
 
+def test_links_work_on_a_code_host_too():
+    """There, the pages that only the site has are not; those of docs/reference are for the site."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s:]+)", page.read_text())]
+    assert len(links) > 200
+    for page, link in links:
+        assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_a_task_of_one_s_own(tmp_path):
     (tmp_path / "json_answers.py").write_text(example("json_answers.py"))
     (tmp_path / "data.jsonl").write_text('{"question": "a and b of 1, 2?", "answer": "{\\"a\\": 1, \\"b\\": 2}"}\n')
