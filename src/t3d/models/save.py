@@ -89,7 +89,7 @@ def _for_transformers_4(folder: Path) -> None:
 
 
 def _drop_dangling(folder: Path) -> None:
-    """Leave out what `auto_map` says of code that is not in the folder: who believed it would fail to load the rest."""
+    """Drop `auto_map` entries whose code is not in the folder: a loader that trusts them would fail."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).exists() or "auto_map" not in (values := read_json(folder / name)):
             continue
