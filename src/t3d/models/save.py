@@ -31,7 +31,7 @@ def save_model(
         tokenizer: is saved beside the model, if given.
         source: the folder whose other files are carried over untouched: code that its `auto_map` names, licences, and
             the tokenizer's files where the tokenizer is still the same; default: where the model was loaded from.
-        max_shard_size: of one file of weights.
+        max_shard_size: largest size of one file of weights.
 
     Raises:
         T3DError: if it cannot be written; what was in `folder` is then still there.
