@@ -5,6 +5,7 @@ Pages link to each other and to files of the repository by relative paths, as a 
 docs/ leads to a page made of that file. One that leads nowhere is left as it is, so that `mkdocs build --strict` fails.
 """
 
+import inspect
 import re
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -91,7 +92,7 @@ class Markdown(typer.Context.formatter_class):
         self.write(f"```\n{prog} {args}\n```\n\n")
 
     def write_text(self, text):
-        self.write(" ".join(text.split()) + "\n\n")
+        self.write(inspect.cleandoc(text) + "\n\n")
 
     @contextmanager
     def section(self, name):

@@ -169,7 +169,8 @@ def calibrate_command(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="strategy whose own setting is chosen (adaptive); with --alpha any number of them, 'all', or eval.grid"
+            help="strategy whose own setting is chosen (adaptive); with --alpha any number of them or 'all'; without "
+            "any, --alpha takes eval.grid"
         ),
     ] = None,
     accuracy: Annotated[float | None, typer.Option(help="find the fastest setting with at least this accuracy")] = None,
