@@ -24,7 +24,7 @@ OF_THE_ROOT = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s:]+)")
+LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s:]+)(?=[)#])")
 
 
 def page_of(path: str) -> str:
