@@ -1,6 +1,7 @@
 # make demo   the whole method on the embedded model: .venv, install, t3d run recipes/demo.yaml
 # make test   all tests, in .venv
 # make lint   ruff, as in .ci/run
+# make docs   the documentation as a site, in site/
 # Needs only make and Python >= 3.10 with venv; PYTHON=/path/to/python3.12 chooses one, ARGS="seed=1" goes to t3d run.
 
 VENV := .venv
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 T3D := 'run_dir=runs/demo-seed$${seed}-t3d' 'rollout.source=runs/demo-seed$${seed}/rollout' \
 	train.objective=t3d train.max_steps=100
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 demo: $(VENV)/.installed
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS)
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS) $(T3D)
@@ -27,6 +28,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; to search it, serve it: $(BIN)/python -m http.server -d site"
+
 # torch alone and first: an environment that offers a CPU build of this version then gives that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "t3d needs Python 3.10 or newer; none found (make PYTHON=/path/to/python3)" >&2; exit 1; }
@@ -38,4 +43,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -87,7 +87,7 @@ WRONG = {
     "task: {name: 3}": "task.name must be str, got 3 (int)",
     "train: {mask_per_block: 1}": "train.mask_per_block must be bool, got 1 (int)",
     "train: {max_steps: '10'}": "train.max_steps must be int, got '10' (str)",
-    "train: {output_dir: x}": "train.output_dir is not yours to set",
+    "train: {output_dir: x}": "train.output_dir cannot be set here",
     "eval: {grid: 4}": "eval.grid must be list of",
     "eval: {grid: [{steps: many}]}": "item 1 of grid: steps must be int",
     "eval: {grid: [{stepz: 4}]}": "unknown key 'stepz' (did you mean 'steps'?)",

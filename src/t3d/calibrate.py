@@ -60,7 +60,7 @@ def calibrate_setting(
         verdicts = inputs.eval_task.judge_all([t.text for t in trajectories], problems)
         verified = [verdict.correct for verdict in verdicts if verdict.correct is not None]
         if not verified:
-            raise T3DError(f"task {inputs.eval_task.name!r} verifies nothing here; use --tpf")
+            raise T3DError(f"task {inputs.eval_task.name!r} cannot verify answers here; use --tpf")
         return sum(verified) / len(verified)
 
     engine = Engine(model, tokenizer, **recipe.engine.local)
@@ -139,7 +139,7 @@ def calibrate_promise(
         solved = [problem.id for problem in problems if verdicts[problem.id]]
         log.info("calibrate: reference: %s, %.1f%% correct", described(plain), 100 * (plain.accuracy or 0.0))
         if not n:
-            raise T3DError(f"task {task.name!r} verifies nothing here; use --tpf")
+            raise T3DError(f"task {task.name!r} cannot verify answers here; use --tpf")
         _check_enough(n, len(grid), alpha, delta)
         rows, losses = [], []
         for config in grid:

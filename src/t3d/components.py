@@ -32,9 +32,18 @@ def setting(
 ) -> Any:
     """A field of a component's settings.
 
-    low, high: bounds, included; above, below: bounds, excluded. choices: what a text may be. slow, fast: ends of the
-    range of the setting that trades speed for quality; from `slow` to `fast` more is committed per forward. values:
-    what a search over settings tries. more: further metadata, e.g. `before`, what versions without the setting did.
+    Args:
+        default: its value where none is given.
+        help: what it does, in one line.
+        low: lowest value.
+        high: highest value.
+        above: bound that a value must be above.
+        below: bound that a value must be below.
+        choices: what a text may be.
+        slow: end of the range of the setting that trades speed for quality.
+        fast: the other end; from `slow` to `fast` more is committed per forward.
+        values: what a search over settings tries.
+        more: further metadata, e.g. `before`, what versions without the setting did.
     """
     about = {"help": help, "low": low, "high": high, "above": above, "below": below, "choices": choices}
     return field(default=default, metadata=about | {"slow": slow, "fast": fast, "values": values} | more)

@@ -72,7 +72,7 @@ class EngineConfig:
     fused: bool = _help("store a finished block in the next block's first forward, not in one of its own", default=True)
     attention: str = _help("sdpa (portable), or flex (FlexAttention, for GPUs)", default="sdpa")
     cuda_graphs: bool | None = _help("replay steady decoding, with flex; default: on a GPU", default=None)
-    prefix_cache: bool = _help("compute once what prompts and answers of a call begin with alike", default=False)
+    prefix_cache: bool = _help("compute only once what texts of a call have in common at the beginning", default=False)
     workers: int = _help("Ray actors that decode, one GPU or a share of the CPUs each; 0: this process", default=0)
     address: str | None = _help("Ray cluster to join; default: RAY_ADDRESS, else one on this machine", default=None)
 
@@ -99,8 +99,8 @@ class RolloutConfig(DecodingConfig):
 
     temperature: float = _help("0 is greedy", default=0.1)
     seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
-    retries: int = _help("ask the prompts again, this many times each, of which no answer was correct", default=0)
-    retry_temperature: float = _help("of those answers", default=1.0)
+    retries: int = _help("ask prompts that no answer solved again, this many times each", default=0)
+    retry_temperature: float = _help("temperature of those answers", default=1.0)
     save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
     quantized: bool = _help("let the teacher answer with the weights of `model.quantize`", default=False)
     source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
@@ -344,7 +344,7 @@ def _flat(values: dict, source: str) -> Iterator[tuple[str, Any]]:
         else:
             for key in value:
                 if name == "train" and key in OWNED:
-                    raise T3DError(f"{source}: train.{key} is not yours to set: {OWNED[key]}")
+                    raise T3DError(f"{source}: train.{key} cannot be set here: {OWNED[key]}")
                 if (name, key) in MOVED:
                     raise T3DError(f"{source}: {name}.{key} is now in {MOVED[name, key]}")
                 if key not in keys(name):

@@ -71,7 +71,7 @@ def meta_model(inputs: Inputs) -> nn.Module:
     except Exception as error:  # transformers checks some values only when layers are made of them
         wanted = inputs.recipe.model
         where = "model.architecture" if wanted.architecture is not None else f"{wanted.path}/config.json"
-        raise T3DError(f"{where}: no model can be made of it: {first_line(error)}") from error
+        raise T3DError(f"{where}: cannot make a model from it: {first_line(error)}") from error
 
 
 def activation_bytes(config, tokens: int, autocast: bool) -> float:

@@ -678,7 +678,7 @@ def test_an_edit_that_comes_and_goes_ends(model):
 
 def test_the_guide_s_example_is_found_by_its_entry_point(tmp_path):
     """As an installed package: its settings are settings of every decode."""
-    guide = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/patient.py"))
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "patient.py").write_text(code.removeprefix("python\n"))

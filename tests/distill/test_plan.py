@@ -104,7 +104,7 @@ def test_a_configuration_that_is_none_is_one_line(tiny, tmp_path):
     shutil.copytree(tiny, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"layer_types": ["full_attention"]}))
-    with pytest.raises(T3DError, match=r"broken/config\.json: no model can be made of it"):
+    with pytest.raises(T3DError, match=r"broken/config\.json: cannot make a model from it"):
         plan(recipe(folder, tmp_path))
 
 

@@ -306,7 +306,7 @@ def test_trajectories_of_another_tokenizer_are_refused(tmp_path):
     other.add_tokens(["<new>"])
     data = Store(trajectories())
     data.metadata = {"tokenizer_fingerprint": tokenizer_fingerprint(other)}
-    with pytest.raises(T3DError, match="another tokenizer"):
+    with pytest.raises(T3DError, match="a different tokenizer"):
         T3DTrainer(make_model(vocab_size=200), config(tmp_path), data, processing_class=tokenizer)
     data.metadata = {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     T3DTrainer(make_model(vocab_size=200), config(tmp_path), data, processing_class=tokenizer)

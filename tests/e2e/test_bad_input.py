@@ -271,7 +271,7 @@ def test_trajectories_that_are_not_the_models_to_learn_from(t3d, write_recipe, t
     values = json.loads((path / "tokenizer.json").read_text())
     values["model"]["vocab"] = {word: swapped.get(word, id) for word, id in values["model"]["vocab"].items()}
     (path / "tokenizer.json").write_text(json.dumps(values))
-    refused(t3d("run", recipe, source, "model.path=other/"), "another tokenizer")
+    refused(t3d("run", recipe, source, "model.path=other/"), "a different tokenizer")
     (t3d.folder / "empty").mkdir()
     refused(t3d("run", recipe, "rollout.source=empty"), "empty")
     assert not (t3d.folder / "runs" / "recipe" / "student").exists()

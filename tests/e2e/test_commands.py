@@ -229,7 +229,7 @@ def test_report_refuses(finished, t3d, write_recipe):
         (run, "nowhere"): "nowhere is not a run folder",
         (run, "report.title=x"): "report.title=x is not a run folder",
         ("empty",): "empty/summary.json",
-        (run, "-o", "mine.html"): "mine.html exists and is not a report",
+        (run, "-o", "mine.html"): "mine.html exists and is not a t3d report",
         (run, "-o", "mine.html/x.html"): "cannot write",
         (run, "--problems", "-1"): "problems must not be negative",
         (recipe, "--title", "x"): "a recipe has report.title",

@@ -122,7 +122,7 @@ def test_in_the_server(environment, tmp_path, teacher):
 @pytest.fixture(scope="module")
 def objective(tmp_path_factory) -> dict[str, str]:
     """With the guide's objective."""
-    guide = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/focal.py"))
     return installed(tmp_path_factory.mktemp("site"), "objectives", "focal", code.removeprefix("python\n"))
 

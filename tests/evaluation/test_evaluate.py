@@ -182,7 +182,7 @@ def test_bad_input_is_one_line(parts):
     model, tokenizer, task, problems = parts
     with pytest.raises(T3DError, match="nothing to evaluate"):
         evaluate(model, tokenizer, task, [], STATIC)
-    with pytest.raises(T3DError, match="1 problems have the id of another"):
+    with pytest.raises(T3DError, match="1 problems share an id with another"):
         evaluate(model, tokenizer, task, [problems[0], Problem(problems[0].id, "q", "1")], STATIC)
     with pytest.raises(T3DError, match="needs the model's tokenizer"):
         evaluate(model, None, task, problems, STATIC)

@@ -157,7 +157,7 @@ def test_prompt_is_the_chat_form():
 
 
 def test_requests_that_make_no_sense():
-    with pytest.raises(T3DError, match="say how many"):
+    with pytest.raises(T3DError, match="say how many to use"):
         TASK.problems("train")
     with pytest.raises(T3DError, match="did you mean 'train'"):
         TASK.problems("trian", 3)

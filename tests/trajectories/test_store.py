@@ -246,7 +246,7 @@ def test_shards_of_different_settings_do_not_mix(tmp_path):
     write(tmp_path / "x", [make_trajectory("a")])
     write(tmp_path / "y", [make_trajectory("b")], METADATA | {"model": "other"})
     (tmp_path / "y" / "shard-00000.parquet").rename(tmp_path / "x" / "shard-00001.parquet")
-    with pytest.raises(T3DError, match=r"shard-00001.parquet was made with another model than shard-00000"):
+    with pytest.raises(T3DError, match=r"shard-00001.parquet was made with a different model from shard-00000"):
         TrajectoryDataset(tmp_path / "x")
 
 
@@ -286,7 +286,7 @@ def damage_column(path):
         (damage_truncate, "cannot read"),
         (damage_text, "cannot read"),
         (damage_empty, "cannot read"),
-        (damage_foreign, "is Parquet but not of t3d"),
+        (damage_foreign, "is Parquet, but not a file of t3d"),
         (damage_version, "format version 99"),
         (damage_column, "column 'step_map' should be"),
     ],

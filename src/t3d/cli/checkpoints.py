@@ -28,9 +28,9 @@ def show_command(
             show_default=False,
         ),
     ],
-    number: Annotated[int, typer.Option("--number", "-n", help="how many")] = 3,
-    prompt_id: Annotated[str | None, typer.Option("--id", help="only this problem's")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer made them")] = None,
+    number: Annotated[int, typer.Option("--number", "-n", help="how many trajectories")] = 3,
+    prompt_id: Annotated[str | None, typer.Option("--id", help="only the trajectories of this problem")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="checkpoint whose tokenizer encoded them")] = None,
 ) -> None:
     """Show trajectories, each token in the colour of the step that committed it."""
     from t3d.report.terminal import show_folders
@@ -49,7 +49,7 @@ def generate_command(
     ],
     set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="file of `t3d calibrate`; options go first")
+        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
@@ -61,8 +61,8 @@ def generate_command(
 ) -> None:
     """Answer one prompt; the tokens, forwards and time go to stderr.
 
-    Decoded as the checkpoint recommends in generation_config.json, else as its family is published: greedily, most with
-    as many steps as a block has tokens; what is given here goes first.
+    The settings are those that the checkpoint recommends in generation_config.json, or else those that its family was
+    published with: for most, greedy decoding with as many steps as a block has tokens. Options override them.
     """
     from t3d.generate import generate
     from t3d.log import to_terminal
@@ -88,18 +88,18 @@ def convert_command(
     block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
     shift: Annotated[
         bool | None,
         typer.Option(
             "--shift/--no-shift",
-            help="keep logits that predict the next token, as Dream and Fast-dLLM v2 do; default: no, and what a "
-            "block-diffusion checkpoint has",
+            help="keep logits that predict the next token, as Dream and Fast-dLLM v2 do; default: no; a "
+            "block-diffusion checkpoint keeps what it has",
         ),
     ] = None,
 ) -> None:
-    """Make a block-diffusion checkpoint of an autoregressive one, or of one with other blocks, for
-    `train.objective=sft` to adapt."""
+    """Make a block-diffusion checkpoint from an autoregressive one, or from one with another block size;
+    `train.objective=sft` then adapts it."""
     from t3d.embedded import checkpoint as named
     from t3d.log import to_terminal
     from t3d.models.convert import convert
@@ -122,13 +122,15 @@ def export_command(
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file of weights")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="CHECKPOINT is a PEFT adapter: merge it")] = False,
-    base: Annotated[str | None, typer.Option(help="what to merge it into; default: the model it names")] = None,
-    engine: Annotated[str | None, typer.Option("--for", help="sglang or lmdeploy: what it needs besides")] = None,
+    base: Annotated[str | None, typer.Option(help="model to merge it into; default: the one it names")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--for", help="also write what this engine needs: sglang or lmdeploy")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
 ) -> None:
-    """Write a checkpoint anew: merged, cast, in other shards; then load it and compare logits."""
+    """Write a checkpoint again: merged, cast, or in other shards; then load it and compare its logits."""
     from t3d.embedded import checkpoint as named
     from t3d.log import to_terminal
     from t3d.models.export import export
@@ -156,7 +158,7 @@ def import_command(
     tokenizer: Annotated[str, typer.Option(help="checkpoint that decoded them", show_default=False)],
     block_size: Annotated[int | None, typer.Option(help="tokens per block; default: the checkpoint's own")] = None,
 ) -> None:
-    """Make trajectories of another program's rollouts: text is tokenised again, what does not line up left out."""
+    """Make trajectories from another program's rollouts; what does not line up, tokenised again, is dropped."""
     from t3d.embedded import checkpoint
     from t3d.log import to_terminal
     from t3d.models.load import generation_ids
@@ -241,21 +243,23 @@ def serve_command(
         Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="further host name to answer to, behind a proxy on this machine")
+        list[str] | None, typer.Option(help="another host name to answer to, for a proxy on this machine")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="file of `t3d calibrate`; options go first")
+        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="compute once what requests begin with alike")] = True,
-    max_queue: Annotated[int, typer.Option(help="sequences that may wait; beyond, clients get 429")] = 256,
-    max_body: Annotated[int, typer.Option(help="most bytes of a request")] = 1 << 20,
-    timeout: Annotated[float, typer.Option(help="most seconds for one request")] = 600.0,
-    body_timeout: Annotated[float, typer.Option(help="most seconds for a request to arrive")] = 30.0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="compute only once what requests have in common at the beginning")
+    ] = True,
+    max_queue: Annotated[int, typer.Option(help="sequences that may wait; further clients get 429")] = 256,
+    max_body: Annotated[int, typer.Option(help="largest size of a request in bytes")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(help="longest time for one request in seconds")] = 600.0,
+    body_timeout: Annotated[float, typer.Option(help="longest time for a request to arrive in seconds")] = 30.0,
     grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
@@ -263,8 +267,9 @@ def serve_command(
 ) -> None:
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
-    Requests that do not say how to decode are decoded as is given here, else as the checkpoint recommends in
-    generation_config.json, else as its family is published: greedily, most with as many steps as a block has tokens.
+    Settings that a request does not give are those given here, or else those that the checkpoint recommends in
+    generation_config.json, or else those that its family was published with: for most, greedy decoding with as many
+    steps as a block has tokens.
     """
     try:
         from t3d.serve.server import serve

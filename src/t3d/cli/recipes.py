@@ -20,7 +20,7 @@ FORCE = Annotated[bool, typer.Option("--force", help="do the stage and those aft
 
 @app.command("run")
 def run_command(recipe: RECIPE, overrides: OVERRIDES = None, force: FORCE = False) -> None:
-    """All stages: rollout, train, eval, report. What is complete is skipped, what was killed continues."""
+    """Run all stages: rollout, train, eval, report. A complete stage is skipped, and a killed one continues."""
     _stages(recipe, overrides, force, None)
 
 
@@ -99,7 +99,9 @@ def study_command(
     study: Annotated[Path, typer.Argument(help="a YAML file", metavar="STUDY", show_default=False)],
     overrides: OVERRIDES = None,
     plan: Annotated[bool, typer.Option("--plan", help="only list the runs, and which are complete")] = False,
-    results: Annotated[bool, typer.Option("--results", help="only write the results of those that are")] = False,
+    results: Annotated[
+        bool, typer.Option("--results", help="only write the results of the runs that are complete")
+    ] = False,
 ) -> None:
     """Run many variants of a recipe over several seeds and write a table; what is complete is skipped."""
     from t3d.log import to_terminal
@@ -127,7 +129,9 @@ def config_command(
         Path | None, typer.Argument(help="show this recipe, resolved", metavar="RECIPE", show_default=False)
     ] = None,
     overrides: OVERRIDES = None,
-    everything: Annotated[bool, typer.Option("--all", help="also what `train` inherits from transformers")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="also show what `train` inherits from transformers")
+    ] = False,
 ) -> None:
     """Show every key with its default, type and meaning, as a recipe; or a recipe as the stages will see it."""
     from t3d.config import describe, load_recipe
@@ -165,14 +169,20 @@ def calibrate_command(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="strategy whose own setting is chosen (adaptive); with --alpha any number, 'all', or eval.grid"
+            help="strategy whose own setting is chosen (adaptive); with --alpha any number of them or 'all'; without "
+            "any, --alpha takes eval.grid"
         ),
     ] = None,
-    accuracy: Annotated[float | None, typer.Option(help="find the fastest setting that is right this often")] = None,
-    tpf: Annotated[float | None, typer.Option(help="find the slowest with this many tokens per forward")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="find the fastest setting with at least this accuracy")] = None,
+    tpf: Annotated[
+        float | None, typer.Option(help="find the slowest setting with this many tokens per forward")
+    ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="find the fastest certified to lose at most this share of problems to careful decoding"),
+        typer.Option(
+            help="find the fastest setting certified to get at most this share of all problems wrong that careful "
+            "decoding gets right"
+        ),
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="with --alpha: chance that the certificate is wrong", show_default="0.05")

@@ -31,18 +31,25 @@ NEEDS = frozenset({ENTROPY, MARGIN, UNIFORM, FILLED, SHADOW, STOP})
 class View:
     """What a policy sees; a row is one block at one step.
 
-    tokens: int64 (rows, block), the mask's id where masked. fixed: bool (rows, block), the prompt's. masked: bool
-    (rows, block), masks that may be committed now: those inside the window. proposal: int64 (rows, block), the token
-    drawn at each place that was asked. confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
-    quota: int64 (rows,), k_s, never more than the masks in the window. step: int64 (rows,), steps of this block that
-    changed something. steps: int64 (rows,), the setting. depth: int64 (rows,), 0 for the first block that is not final.
-    progress: float32 (rows,), share of the block before that is decided. must: bool (rows,), at least one mask will be
-    committed, the most confident if the policy chooses none.
-    entropy: float32 (rows, block), inf where not masked. margin: float32 (rows, block), -inf where not masked. uniform:
-    float32 (rows, block). expected: int64 and certainty: float32 (rows, block), the likeliest token at filled places
-    and its probability, -inf elsewhere (FILLED). shadow: float32 (rows, block), probability of the filled token, inf
-    where masked or the prompt's (SHADOW). stop: bool (rows, block), the proposal ends the response (STOP). The last
-    seven are None unless a policy asks.
+    Attributes:
+        tokens: int64 (rows, block), the mask's id where masked.
+        fixed: bool (rows, block), the prompt's.
+        masked: bool (rows, block), masks that may be committed now: those inside the window.
+        proposal: int64 (rows, block), the token drawn at each place that was asked.
+        confidence: float32 (rows, block), of the proposal; -inf where not `masked`.
+        quota: int64 (rows,), k_s, never more than the masks in the window.
+        step: int64 (rows,), steps of this block that changed something.
+        steps: int64 (rows,), the setting.
+        depth: int64 (rows,), 0 for the first block that is not final.
+        progress: float32 (rows,), share of the block before that is decided.
+        must: bool (rows,), at least one mask will be committed, the most confident if the policy chooses none.
+        entropy: float32 (rows, block), inf where not masked; with ENTROPY in `Policy.needs`, else None, as all below.
+        margin: float32 (rows, block), -inf where not masked (MARGIN).
+        uniform: float32 (rows, block) (UNIFORM).
+        expected: int64 (rows, block), the likeliest token at filled places (FILLED).
+        certainty: float32 (rows, block), its probability, -inf elsewhere (FILLED).
+        shadow: float32 (rows, block), probability of the filled token, inf where masked or the prompt's (SHADOW).
+        stop: bool (rows, block), the proposal ends the response (STOP).
     """
 
     tokens: Tensor
@@ -72,8 +79,13 @@ class View:
 
 @dataclass
 class Decision:
-    """commit: bool (rows, block). rewrite: int64 (rows, block), another token for a filled place, the same where none.
-    remask: bool (rows, block), filled places that become masks again."""
+    """What a policy says about its rows.
+
+    Attributes:
+        commit: bool (rows, block).
+        rewrite: int64 (rows, block), another token for a filled place, the same where none.
+        remask: bool (rows, block), filled places that become masks again.
+    """
 
     commit: Tensor
     rewrite: Tensor | None = None
@@ -84,7 +96,10 @@ class Decision:
 class Memory:
     """State that is born and dies with the block.
 
-    shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab), the last on the model's device. fill: at first.
+    Attributes:
+        shape: "row" (1,), "place" (block,) or "vocabulary" (block, vocab), the last on the model's device.
+        dtype: of its tensor.
+        fill: its value at first.
     """
 
     shape: str = "row"

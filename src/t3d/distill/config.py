@@ -25,7 +25,7 @@ class General(TrainingArguments):
 
     objective: str = _help("what the student learns from, and how: docs/method.md", "t3d")
     rollout_rounds: int = _help(
-        "1: learn from the teacher's rollouts; K: after each K-th of the steps the student rolls out anew", 1
+        "1: learn from the teacher's rollouts; K: the student makes new rollouts after each K-th of the steps", 1
     )
     verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
     easy_share: float = _help(
@@ -33,8 +33,8 @@ class General(TrainingArguments):
     )
     max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
     recompute: str = _help(
-        "computed again in the backward pass: 'cheap' (all but products and attention), 'nothing', or 'auto', 'cheap' "
-        "on a CPU, else 'nothing'; gradient_checkpointing=true computes everything again",
+        "what is computed again in the backward pass: 'cheap' (all but products and attention), 'nothing', or 'auto', "
+        "'cheap' on a CPU, else 'nothing'; gradient_checkpointing=true computes everything again",
         "auto",
     )
     pack_length: int = _help(
@@ -57,8 +57,8 @@ class General(TrainingArguments):
     )
     lora_4bit: bool = _help("hold the frozen weights in 4 bits (QLoRA, needs t3d[qlora] and a GPU)", False)
     eval_every: int = _help("decode held-out problems every this many optimizer steps; 0: never", 0)
-    eval_problems: int = _help("how many of them", 64)
-    eval_split: str = _help("which: dev, or train or test, of the task; dev is not what `t3d eval` measures", "dev")
+    eval_problems: int = _help("number of these problems", 64)
+    eval_split: str = _help("split of these problems: dev, train or test; `t3d eval` measures test", "dev")
     eval_block_steps: list[int] = field(
         default_factory=lambda: [2, 1], metadata={"help": "denoising steps per block of these evaluations"}
     )

@@ -102,7 +102,7 @@ class AnyStates(Objective):
 
     state: str = setting(
         "trajectory",
-        "what a state masks: of each block the tokens committed last ('trajectory'), as many as chance says at random "
+        "what a state masks: of each block the tokens committed last ('trajectory'), a random number at random "
         "places ('uniform'), or all of them ('all_masked')",
         choices=("trajectory", "uniform", "all_masked"),
     )
@@ -220,7 +220,9 @@ class Reinforced(Objective):
         "function of (text, trajectory, forwards) as module:function",
     )
     rl_cost: float = setting(
-        0.0, "taken from the reward: this * the answer's forwards / those of the stored answer in full steps", low=0
+        0.0,
+        "subtracted from the reward: this * the answer's forwards / those of the stored answer in full steps",
+        low=0,
     )
 
     def __post_init__(self):

@@ -54,7 +54,7 @@ class Reference:
             return
         name = self.sharding.file("reference", reading=True)
         if not (folder / name).exists():
-            raise T3DError(f"{folder} was saved by another number of processes; continue with as many")
+            raise T3DError(f"{folder} was saved by a different number of processes; continue with that number")
         found = load_file(folder / name)
         for key, weight in self._own().items():
             if key in found:  # tied weights are stored once

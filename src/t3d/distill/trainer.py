@@ -45,16 +45,20 @@ ADAPTER = "adapter"  # folder of the adapter beside the checkpoints
 class T3DTrainer(Trainer):
     """Train `model` on trajectories with the objective that `args` names.
 
-    train_dataset: a sequence of `Trajectory` (a list, or a `TrajectoryDataset` that reads from the store).
-    reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now, or with
-    LoRA `model` without its adapter.
-    held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
-    judge: verdicts of a list of answers, for rewards that need them, see `t3d.distill.rewards.Judge`.
-    engine: settings of `t3d.engine.make_engine`, for objectives that decode groups of answers.
-    answer_prompts: gives the ids of a trajectory's prompt with the reference answer in it, for
-    `reference_sees="answer"`, see `t3d.distill.answer_prompts.AnswerPrompts`.
     Everything else is `transformers.Trainer`: accumulation, schedules, mixed precision, callbacks, resuming, and
     several processes under `accelerate launch` or `torchrun`.
+
+    Args:
+        model: the teacher; it becomes the student.
+        args: the settings, a `T3DConfig`.
+        train_dataset: a sequence of `Trajectory` (a list, or a `TrajectoryDataset` that reads from the store).
+        reference: the frozen reference, where the objective has one; default: a copy of `model` as it is now, or with
+            LoRA `model` without its adapter.
+        held_out: gives metrics of a model at every `eval_every` steps, see `t3d.distill.held_out.HeldOut`.
+        judge: verdicts of a list of answers, for rewards that need them, see `t3d.distill.rewards.Judge`.
+        engine: settings of `t3d.engine.make_engine`, for objectives that decode groups of answers.
+        answer_prompts: gives the ids of a trajectory's prompt with the reference answer in it, for
+            `reference_sees="answer"`, see `t3d.distill.answer_prompts.AnswerPrompts`.
     """
 
     def __init__(

@@ -19,15 +19,22 @@ _LITTLE = 256 << 20  # bytes of cache that are not worth paging
 class Engine:
     """Decodes prompts with a block-diffusion model: batched, with a KV cache, reproducible per sequence.
 
-    model: a model of a family (`t3d.models`), with `config.block_size` and `config.mask_token_id`; its weights are read
-    anew at every call. tokenizer: needed for prompts as strings, stop strings and `Trajectory.text`.
-    max_batch_size: sequences in flight. kv_cache_tokens: budget of the cache in token positions; None is what the call
-    needs at most, within the share `memory_share` of the memory that is free when it begins. page_size: positions per
-    cache page; None chooses. prefill_tokens: most prompt tokens one forward carries besides the blocks being denoised.
-    fused: write a finished block's keys and values in the forward of the next block's first step (False: in one of its
-    own, as a plain sampler does). attention: "sdpa" (portable) or "flex" (FlexAttention; for GPUs). cuda_graphs: replay
-    the forwards of steady decoding, with "flex" only; None: on a GPU. prefix_cache: within a call, prompts and answers
-    that begin alike are computed once and kept while there is room.
+    Args:
+        model: a model of a family (`t3d.models`), with `config.block_size` and `config.mask_token_id`; its weights are
+            read anew at every call.
+        tokenizer: needed for prompts as strings, stop strings and `Trajectory.text`.
+        max_batch_size: sequences in flight.
+        kv_cache_tokens: budget of the cache in token positions; None: what the call needs at most, within the share
+            `memory_share` of the memory that is free when it begins.
+        memory_share: see `kv_cache_tokens`.
+        page_size: positions per page of the cache; None chooses.
+        prefill_tokens: most prompt tokens that one forward carries besides the blocks being denoised.
+        fused: write a finished block's keys and values in the forward of the next block's first step; False: in one of
+            its own, as a plain sampler does.
+        attention: "sdpa" (portable) or "flex" (FlexAttention; for GPUs).
+        cuda_graphs: replay the forwards of steady decoding, with "flex" only; None: on a GPU.
+        prefix_cache: within a call, prompts and answers that begin alike are computed once and kept while there is
+            room.
     """
 
     def __init__(
@@ -82,10 +89,18 @@ class Engine:
     ) -> list[Trajectory]:
         """Decode every prompt; trajectories in the order of the prompts (`config.n` consecutive ones each).
 
-        A sequence's tokens depend on its prompt, its settings, its seed and the weights only. `seeds` gives one per
-        prompt; by default they come from `config.seed` and the prompt's index. `names` are what messages call the
-        prompts; by default their indices. Raises T3DError for a prompt that is
-        empty, contains the mask token, or cannot fit the model's context or the cache, and when logits are NaN.
+        A sequence's tokens depend on its prompt, its settings, its seed and the weights only.
+
+        Args:
+            prompts: texts or token ids.
+            config: settings of all prompts, or one for each.
+            seeds: one per prompt; by default they come from `config.seed` and the prompt's index.
+            names: what messages call the prompts; by default their indices.
+            progress: show a bar.
+
+        Raises:
+            T3DError: if a prompt is empty, contains the mask token, or cannot fit the model's context or the cache, and
+                when logits are NaN.
         """
         results: dict[tuple[int, int], Trajectory] = {}
         for event in self.stream(prompts, config, seeds=seeds, names=names, progress=progress):

@@ -89,7 +89,7 @@ class T3DHarness(LM):
 
     def loglikelihood(self, requests):
         raise T3DError(
-            "t3d decodes, it ranks no given answers: choose tasks with output_type generate_until, such as gsm8k"
+            "t3d decodes and cannot rank given answers; choose tasks with output_type generate_until, such as gsm8k"
         )
 
     loglikelihood_rolling = loglikelihood

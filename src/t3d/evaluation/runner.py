@@ -50,7 +50,8 @@ def evaluate(
     Args:
         engine: made with its defaults if not given.
         output: folder for the responses; without one they are not kept.
-        name: of the model, in the rows and in the folders. objective: how it was trained, for the rows.
+        name: of the model, in the rows and in the folders.
+        objective: how it was trained, for the rows.
         versions: kept in the files' metadata.
 
     Raises:
@@ -62,7 +63,9 @@ def evaluate(
         raise T3DError("evaluation needs the model's tokenizer: its folder has none")
     repeated = len(problems) - len({p.id for p in problems})
     if repeated:
-        raise T3DError(f"{repeated} problems have the id of another; ids must differ, results are kept by them")
+        raise T3DError(
+            f"{repeated} problems share an id with another; ids must differ, because results are stored by id"
+        )
     engine = engine or Engine(model, tokenizer)
     prompts = {p.id: task.prompt(p, tokenizer) for p in problems}
     metadata = {

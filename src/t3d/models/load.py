@@ -39,11 +39,16 @@ def load_model(
 
     Weights go from the mapped files to their device and dtype one by one, so that nothing is in memory twice.
 
-    dtype: "float32", "bfloat16", ... or None for the checkpoint's own. device: e.g. "cuda"; None: cuda if there.
-    attention: transformers' implementation, "sdpa" or "flex_attention" (whose backward pass needs a GPU).
-    quantisation: transformers' configuration of it, if any. quantize: "int8" or "int4", for decoding alone; `dtype` is
-    then that of the computation, None: float32 on a CPU.
-    Raises T3DError when it is not a checkpoint of a supported family, or when weights are missing.
+    Args:
+        name: a checkpoint folder or a hub id.
+        dtype: "float32", "bfloat16", ...; None: the checkpoint's own.
+        device: e.g. "cuda"; None: cuda if there is one.
+        attention: transformers' implementation, "sdpa" or "flex_attention" (whose backward pass needs a GPU).
+        quantisation: transformers' configuration of it, if any.
+        quantize: "int8" or "int4", for decoding alone; `dtype` is then that of the computation, None: float32 on a CPU.
+
+    Raises:
+        T3DError: if it is not a checkpoint of a supported family, or weights are missing.
     """
     check_kind(quantize)
     folder = local_folder(name)

@@ -25,10 +25,16 @@ def save_model(
 ) -> None:
     """Save safetensors, config, generation config, tokenizer, and what other engines need, whole or not at all.
 
-    source: the folder whose other files are carried over untouched: code that its `auto_map` names, licences, and the
-    tokenizer's files where the tokenizer is still the same; default: where the model was loaded from.
-    max_shard_size: of one file of weights.
-    Raises T3DError when it cannot be written; what was in `folder` is then still there.
+    Args:
+        model: a model of a family.
+        folder: is replaced as a whole.
+        tokenizer: is saved beside the model, if given.
+        source: the folder whose other files are carried over untouched: code that its `auto_map` names, licences, and
+            the tokenizer's files where the tokenizer is still the same; default: where the model was loaded from.
+        max_shard_size: largest size of one file of weights.
+
+    Raises:
+        T3DError: if it cannot be written; what was in `folder` is then still there.
     """
     with replacing(folder) as temporary:
         write_checkpoint(model, temporary, tokenizer, source=source, max_shard_size=max_shard_size)
@@ -85,7 +91,7 @@ def _for_transformers_4(folder: Path) -> None:
 
 
 def _drop_dangling(folder: Path) -> None:
-    """Leave out what `auto_map` says of code that is not in the folder: who believed it would fail to load the rest."""
+    """Drop `auto_map` entries whose code is not in the folder: a loader that trusts them would fail."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).exists() or "auto_map" not in (values := read_json(folder / name)):
             continue

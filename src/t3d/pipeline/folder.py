@@ -32,7 +32,7 @@ SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
 
 class RunFolder:
-    """RUN, held by this process inside `with`. If the block fails before a stage began, a folder made here goes again.
+    """RUN, held by this process inside `with`. If the block fails before a stage began, a folder made here is removed.
 
     Raises:
         T3DError: when the folder cannot be written, another process holds it, or it holds something else.

@@ -76,7 +76,7 @@ class Inputs:
             config = FAMILIES[kind].config_class.from_pretrained(str(folder))
             config.check()
         except Exception as error:  # transformers checks the values in many ways
-            raise T3DError(f"{folder}/config.json: no model can be made of it: {first_line(error)}") from error
+            raise T3DError(f"{folder}/config.json: cannot make a model from it: {first_line(error)}") from error
         if config.mask_token_id is None:
             config.mask_token_id = mask_of(self.tokenizer, config.mask_tokens)
         check_mask(config, wanted.path)
@@ -160,7 +160,7 @@ def _some(problems: list[Problem], what: str) -> list[Problem]:
     if not problems:
         raise T3DError(f"task: there are no {what} problems")
     if repeated := len(problems) - len({problem.id for problem in problems}):
-        raise T3DError(f"task: {repeated} {what} problems have the id of another one; ids must differ")
+        raise T3DError(f"task: {repeated} {what} problems share an id with another; ids must differ")
     return problems
 
 

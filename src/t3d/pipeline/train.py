@@ -169,7 +169,7 @@ def check_reference(path: str | Path, model, tokenizer) -> None:
         if mine != other:
             raise T3DError(f"train.reference_path: {path} has {name} {other}, the student {mine}")
     if tokenizer_fingerprint(load_tokenizer(folder)) not in (None, tokenizer_fingerprint(tokenizer)):
-        raise T3DError(f"train.reference_path: {path} has another tokenizer than the student")
+        raise T3DError(f"train.reference_path: {path} has a different tokenizer from the student's")
 
 
 def held_out(recipe: Recipe, inputs: Inputs, arguments, tokenizer) -> HeldOut:

@@ -30,7 +30,7 @@ def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportC
     """
     config, output = config or ReportConfig(), Path(output)
     if output.is_file() and MARK not in output.read_bytes()[:2000]:
-        raise T3DError(f"{output} exists and is not a report of t3d; choose another file")
+        raise T3DError(f"{output} exists and is not a t3d report; choose another file")
     runs, rows = load_runs([Path(folder) for folder in run_dirs])
     if not rows:
         raise T3DError(f"{runs[0].path / 'summary.json'} has no rows; run `t3d eval` first")

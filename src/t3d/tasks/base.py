@@ -66,7 +66,9 @@ class TaskConfig:
     start_with_think: bool = _help("begin the answer with <think>", default=False)
     num_train: int | None = _help("problems used for rollouts; default: all", default=None)
     num_eval: int | None = _help("problems used for evaluation; default: all", default=None)
-    bad_prompts: str = _help("prompts that are too long or hold the mask token: 'stop', or 'drop' them", default=STOP)
+    bad_prompts: str = _help(
+        "prompts that are too long or contain the mask token: 'stop' the run or 'drop' them", default=STOP
+    )
     data_seed: int = _help("seed of generated problems and of the choice among more than asked for", default=0)
     time_scale: float = _help("factor on the time limits of programs, for a slow machine", default=1.0)
     allow_unsandboxed: bool = _help("run generated code even where the system offers no isolation", default=False)

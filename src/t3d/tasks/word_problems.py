@@ -272,7 +272,7 @@ class WordProblems(Task):
 
     def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
         if n is None:
-            raise T3DError("word_problems never end: say how many (task.num_train, task.num_eval)")
+            raise T3DError("word_problems are unlimited; say how many to use (task.num_train, task.num_eval)")
         seed = self.config.data_seed if seed is None else seed
         return [problem(seed, split, index) for index in range(n)]
 

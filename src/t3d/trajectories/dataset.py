@@ -39,7 +39,7 @@ class TrajectoryDataset(Sequence):
             file, metadata = open_shard(path)
             with file:
                 if number and (found := difference(self.metadata, metadata)):
-                    raise T3DError(f"{path} was made with another {found[0]} than {self.paths[0].name} beside it")
+                    raise T3DError(f"{path} was made with a different {found[0]} from {self.paths[0].name} beside it")
                 self.metadata = self.metadata or metadata
                 keys += read_keys(file, path)
                 for group, size in enumerate(_sizes(file)):

@@ -32,5 +32,5 @@ def check_tokenizer(metadata: dict, tokenizer) -> None:
     made_with = metadata.get("tokenizer_fingerprint")
     if made_with is not None and tokenizer is not None and made_with != tokenizer_fingerprint(tokenizer):
         raise T3DError(
-            "the trajectories were made with another tokenizer than the model's; roll out again with this model"
+            "the trajectories were made with a different tokenizer from the model's; roll out again with this model"
         )

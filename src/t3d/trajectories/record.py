@@ -11,7 +11,7 @@ MESSAGES = "messages"  # key of Trajectory.extra: the chat that the prompt was m
 
 @dataclass(frozen=True)
 class NFE:
-    """Forward passes one sequence took part in; what denoises counts as `denoise`, whatever else."""
+    """Forward passes that one sequence took part in. One that denoises counts as `denoise`, whatever else it does."""
 
     prefill: int = 0  # forwards that only read prompt tokens
     denoise: int = 0  # forwards that predicted tokens of a block

@@ -86,7 +86,7 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
         raise damaged(path, error) from error
     packed = file.schema_arrow.metadata or {}
     if VERSION_KEY not in packed or METADATA_KEY not in packed:
-        raise T3DError(f"{path} is Parquet but not of t3d; docs/trajectories.md gives the schema")
+        raise T3DError(f"{path} is Parquet, but not a file of t3d; docs/trajectories.md gives the schema")
     version = packed[VERSION_KEY].decode()
     if version not in READABLE:
         raise T3DError(

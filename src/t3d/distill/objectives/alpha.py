@@ -25,7 +25,7 @@ class Alpha(AnyStates):
 
     state: str = other_default(AnyStates, "state", "uniform")
     random_ratio: float = other_default(AnyStates, "random_ratio", 0.0)
-    alpha_k: float = setting(1.0, "how much less blocks count that are unlikely; 0: cross-entropy", low=0)
+    alpha_k: float = setting(1.0, "how much less unlikely blocks count; 0: cross-entropy", low=0)
 
     def loss(self, batch: TrainingBatch, ask: Ask):
         logp: Tensor = ask.student(lambda h, w: token_logprobs(h, w, batch.target[:, None], ask.mask_id))[:, 0]

@@ -27,7 +27,7 @@ class CJGRPO(Reinforced, Referenced):
 
     unit = "block"  # a noisy block is one step's state of one block
 
-    rl_clip: float = setting(0.2, "how far a ratio counts from 1", above=0, high=1)
+    rl_clip: float = setting(0.2, "how far from 1 a ratio still counts", above=0, high=1)
     rl_kl: float = setting(0.04, "weight of the KL to the reference at the sampled tokens; 0: none", low=0)
 
     def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0) -> list[State]:

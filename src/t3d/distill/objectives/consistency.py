@@ -34,9 +34,11 @@ class Consistency(Privileged):
 
     beyond_length = True  # the states in which tokens were committed show what stands behind the stop, too
 
-    cdlm_distill: float = setting(1.0, "weight of the teacher's distribution at tokens that are next to come", low=0)
+    cdlm_distill: float = setting(1.0, "weight of the teacher's distribution at the tokens that come next", low=0)
     cdlm_consistency: float = setting(0.5, "weight of agreement with the student's own later state", low=0)
-    cdlm_denoising: float = setting(0.0, "weight of the cross-entropy at random masks; 0: none, and a copy less", low=0)
+    cdlm_denoising: float = setting(
+        0.0, "weight of the cross-entropy at random masks; 0: none, and one copy less", low=0
+    )
 
     def states(self, response: Response, rng: np.random.Generator, progress: float = 1.0):
         index, place, steps = step_index(response.block, response.step)

@@ -70,8 +70,8 @@ class DMD(Privileged, OnPolicy, Critical):
     on_policy_share: float = other_default(OnPolicy, "on_policy_share", 1.0)
     on_policy_temperature: float = other_default(OnPolicy, "on_policy_temperature", 1.0)
     dmd_anchor: float = setting(1.0, "weight of the cross-entropy to the trajectories, in steps with them", low=0)
-    dmd_noise: float = setting(1.0, "most of a block's tokens that are masked again, a share", above=0, high=1)
-    dmd_floor: float = setting(-12.0, "least log-probability of teacher and fake model that counts")
+    dmd_noise: float = setting(1.0, "largest share of a block's tokens that is masked again", above=0, high=1)
+    dmd_floor: float = setting(-12.0, "lowest log-probability of teacher and fake model that counts")
 
     def __post_init__(self):
         if not self.on_policy_temperature:

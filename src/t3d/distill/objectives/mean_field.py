@@ -42,13 +42,15 @@ class MeanField(AnyStates, Privileged, OnPolicy):
     mf_copies: int = setting(0, "teacher copies of each block per step; 0: one for every masked position", low=0)
     mf_forward: float = setting(
         0.3,
-        "share of forward KL in the divergence, which a student that is surely wrong learns from",
+        "share of forward KL in the divergence; it teaches a student that is sure of a wrong token",
         low=0,
         high=1,
         before=0.0,
     )
-    mf_floor: float = setting(-12.0, "least teacher log-probability that counts")
-    mf_temperature: float = setting(0.0, "0 fills masks with the student's argmax; else a sample at it", low=0)
+    mf_floor: float = setting(-12.0, "lowest teacher log-probability that counts")
+    mf_temperature: float = setting(
+        0.0, "masks are filled with the student's samples at this temperature; 0: its argmax", low=0
+    )
 
     def loss(self, batch: TrainingBatch, ask: Ask):
         hidden, weight = ask.student(lambda h, w: (h, w))

@@ -30,7 +30,7 @@ class PseudoTrajectory(Certainty):
     certain_parts = (0,)
 
     pt_noise: tuple[float, ...] = setting(
-        (0.0, 0.8), "least mask ratio at the start of training, and the most at any time", low=0, high=1
+        (0.0, 0.8), "lowest mask ratio at the start of training, and the highest at any time", low=0, high=1
     )
     pt_window: float = setting(
         0.5, "share of a block that is learnt at the start; at the end all of it", above=0, high=1

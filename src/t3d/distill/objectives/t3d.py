@@ -49,7 +49,9 @@ class DDO(AnyStates, Referenced):
     beta: float = setting(0.1, "scale of the log-likelihood margins in DDO")
     ddo_unit: str = setting("sequence", "what one DDO margin is taken over", choices=("sequence", "block"))
     ddo_reduction: str = setting("mean", "how log-likelihoods combine in a margin", choices=("mean", "sum"))
-    reference_temperature: float = setting(0.0, "0: fake tokens are the reference's argmax; else a sample at it", low=0)
+    reference_temperature: float = setting(
+        0.0, "fake tokens are the reference's samples at this temperature; 0: its argmax", low=0
+    )
     reference_cache: str | None = setting(
         None,
         "with round_interval=0: a folder for what the reference says of each micro-batch; runs with the same states, "
