@@ -59,6 +59,11 @@ class ModelConfig:
         """Arguments of `load_model`, for a model that is to decode."""
         return {"dtype": self.dtype, "device": self.device, "quantize": self.quantize}
 
+    @property
+    def suffix(self) -> str:
+        """What the names of evaluated models end with: quantised ones are others."""
+        return f"-{self.quantize}" if self.quantize else ""
+
 
 @dataclass(frozen=True)
 class EngineConfig:

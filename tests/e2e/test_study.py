@@ -193,16 +193,17 @@ def test_mistakes_are_one_line_before_anything_runs(t3d, write_recipe, changes, 
 def test_a_study_of_decoding_trains_nothing(t3d, write_recipe):
     """Each variant's model at every setting, a line per setting; look-ahead has the ordinary accuracy."""
     grid = "eval.grid=[{steps: 2}, {steps: 2, flight: look_ahead}, {blocks_in_flight: 2}]"
-    study = write_study(t3d.folder, write_recipe, train=False, against=[], set=[grid], variants={"a": [], "b": []})
+    variants = {"a": [], "b": [], "few-bits": ["model.quantize=int8"]}
+    study = write_study(t3d.folder, write_recipe, train=False, against=[], set=[grid], variants=variants)
     done = t3d("study", study)
     assert done.code == 0, done.stderr
     assert not list((t3d.folder / "runs/study").glob("*/student"))
     text = (t3d.folder / "results.md").read_text()
-    for name in ("a", "b"):
+    for name in variants:
         assert f"### `{name}`" in text
         assert (t3d.folder / f"results-study-{name}.svg").exists()
     tables, _, ahead = text.partition("### Exact look-ahead")
-    assert ahead.count("| 12 of 12 |") == 2  # both models, six problems for each of two seeds
+    assert ahead.count("| 12 of 12 |") >= 2  # six problems for each of two seeds; few bits may round differently
     lines = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ") and "steps" in line]
     rows = {(number // 3, cells[0].strip("| ")): cells for number, cells in enumerate(lines)}
     assert {setting for _, setting in rows} == {"2 steps", "2 steps, look-ahead 1", "4 steps, 2 blocks"}

@@ -123,8 +123,7 @@ def _names(checkpoints: tuple[str, ...]) -> dict[str, str]:
 
 def _models(run: RunFolder, recipe: Recipe, inputs: Inputs) -> Iterator[tuple]:
     """(name, objective, model, tokenizer) of each model to evaluate, one in memory at a time."""
-    quantize = recipe.model.quantize
-    suffix = f"-{quantize}" if quantize else ""
+    quantize, suffix = recipe.model.quantize, recipe.model.suffix
     if recipe.eval.teacher and recipe.model.architecture is None:  # random weights have nothing to show
         yield f"teacher{suffix}", None, *(inputs.load(quantize=quantize) if quantize else inputs.teacher)
         inputs.release()

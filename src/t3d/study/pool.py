@@ -120,9 +120,10 @@ def pools(study: Study) -> list[Pool]:
         if not run.complete("eval"):
             continue
         for row in read_summary(run / "summary.json")["rows"]:
-            if row["model"] not in ("teacher", "student") or row["accuracy"] is None:
+            teacher, student = (name + job.recipe.model.suffix for name in ("teacher", "student"))
+            if row["model"] not in (teacher, student) or row["accuracy"] is None:
                 continue
-            mine = row["model"] == "student" or not job.train
+            mine = row["model"] == student or not job.train
             known = labels(job.recipe) if mine and job.train else ""
             key = (job.variant if mine else "teacher", known, setting(row))
             key += (row["block_size"],)
