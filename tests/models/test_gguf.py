@@ -51,7 +51,7 @@ def write(path, kind, quantised=False, architecture=None, scaling=None):
     file.add_tokenizer_pre("default")
     file.add_token_list(TOKENS)
     file.add_token_types([1] * 257 + [3, 3])
-    file.add_token_merges(["a b"])
+    file.add_token_merges(["a b"] * 2)  # a list of one is read wrongly by transformers 5.17
     file.add_bos_token_id(257)
     file.add_eos_token_id(258)
     file.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
