@@ -48,6 +48,14 @@ def find_reply(record: dict, where: str) -> str | None:
     return last["content"] or None
 
 
+def read_chat(record: dict, chosen: str | None, where: str) -> tuple[dict, list[dict] | None, str | None]:
+    """The record with its chat, if it is one, as a text in the question's field; the chat's messages; the reply."""
+    messages, reply = find_chat(record, chosen, where) or (None, find_reply(record, where))
+    if messages is not None:
+        record = record | {chosen or "question": transcript(messages)}
+    return record, messages, reply
+
+
 def transcript(messages: list[dict]) -> str:
     """The chat as one text: what the user says, if that is all, else every message behind its role."""
     messages = [message for message in messages if message["content"].strip()]

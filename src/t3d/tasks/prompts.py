@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 
 from t3d.tasks.base import Problem, register
-from t3d.tasks.chat import find_chat, find_reply, transcript
+from t3d.tasks.chat import read_chat
 from t3d.tasks.math import last_boxed, reference_answer
 from t3d.tasks.math_task import MathTask
 
@@ -21,12 +21,10 @@ class Prompts(MathTask):
     question_fields = ("question", "prompt", "messages", "conversations")
 
     def problem(self, record: dict, id: str, where: str) -> Problem:
-        chosen = self.config.question_field
-        messages, reply = find_chat(record, chosen, where) or (None, find_reply(record, where))
-        if messages is not None:
-            record = record | {chosen or "question": transcript(messages)}
+        chosen, asked = self.config.question_field, record.get("question")
+        record, messages, reply = read_chat(record, chosen, where)
         problem = super().problem(record, id, where)
-        if chosen is None and record.get("question") is None:
+        if chosen is None and asked is None and messages is None:
             messages = [{"role": "user", "content": problem.question}]  # of a `prompt`, which needs no template
         if reply is None:
             return replace(problem, messages=messages)

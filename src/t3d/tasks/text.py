@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t3d.errors import T3DError
 from t3d.tasks.base import Problem, Verdict, register
-from t3d.tasks.chat import find_chat, find_reply, transcript
+from t3d.tasks.chat import read_chat
 from t3d.tasks.files import FileTask
 
 PROMPT_WORDS = 32
@@ -25,10 +25,7 @@ class Text(FileTask):
     answer_fields = ("answer", "highlights", "summary", "response", "reference")
 
     def problem(self, record: dict, id: str, where: str) -> Problem:
-        chosen = self.config.question_field
-        messages, reply = find_chat(record, chosen, where) or (None, find_reply(record, where))
-        if messages is not None:
-            record = record | {chosen or "question": transcript(messages)}
+        record, messages, reply = read_chat(record, self.config.question_field, where)
         problem = super().problem(record, id, where)
         return replace(problem, messages=messages, answer=problem.answer or reply)
 
