@@ -52,11 +52,11 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Seque
             kind.most_revisions,
         )
         batch.keep(kind, mine, memory)
-        arrays = [None if x is None else x.numpy() for x in (*vars(chosen).values(), some.certainty)]
-        drawn = some.proposal.numpy(), some.confidence.numpy()
+        drawn = {name: getattr(some, name) for name in ("proposal", "confidence", "certainty")}
+        arrays = {name: None if x is None else x.numpy() for name, x in (vars(chosen) | drawn).items()}
         for place, number in enumerate(mine):
             if id(rows[number][0]) not in failed:
-                _apply(*rows[number], place, drawn, *arrays)
+                _apply(*rows[number], place, **arrays)
     return batch.failures
 
 
@@ -231,11 +231,12 @@ class _Batch:
                 block.memory[name] = memory[name][line] if m.shape == "row" else memory[name][line, : len(block.tokens)]
 
 
-def _apply(sequence: Sequence, row: Row, line: int, drawn, commit, rewrite, new, remask, certainty) -> None:
-    """Change the row's block as its line says of what is drawn and what `Lawful` lets be done, all (rows, width)."""
+def _apply(
+    sequence: Sequence, row: Row, line: int, *, commit, rewrite, new, remask, proposal, confidence, certainty
+) -> None:
+    """Change the row's block as its line says of what `Lawful` lets be done and of what is drawn, all (rows, width)."""
     block = row.block
     size = len(block.tokens)
-    proposal, confidence = drawn
     changed = places = commit[line, :size].nonzero()[0]
     block.tokens[places] = proposal[line, places]
     block.confidence[places] = confidence[line, places]

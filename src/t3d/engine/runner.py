@@ -92,11 +92,8 @@ class Runner:
     def _mlp(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):  # mixture of experts
             return lambda x: module(x[None])[0]
-        gate_up, activation, down = (
-            self._join(module.gate_proj, module.up_proj),
-            module.act_fn,
-            _linear(module.down_proj),
-        )
+        gate_up, down = self._join(module.gate_proj, module.up_proj), _linear(module.down_proj)
+        activation = module.act_fn
 
         def forward(x: Tensor) -> Tensor:
             gate, up = gate_up(x).chunk(2, dim=-1)
