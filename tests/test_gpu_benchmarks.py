@@ -68,8 +68,8 @@ def test_all_phases_rehearse_and_every_check_holds(rehearsed):
         for call in found["calls"].values():
             assert {"date", "torch", "transformers", "device", "t3d"} <= set(call), phase
     decode = read(folder)["decode"]["cells"]
-    assert decode["tiny batch 1 steps 1 graphs"]["kernels"] > 0
-    assert len(decode["tiny batch 1 steps 1 graphs"]["longest"]) == 10
+    assert decode["tiny batch 2 steps 1 graphs"]["kernels"] > 0
+    assert len(decode["tiny batch 2 steps 1 graphs"]["longest"]) == 10
     real = read(folder)["real"]["cells"]
     for task in ("word_problems", "gsm8k"):
         report = (folder / f"real-{task}.html").read_text()

@@ -187,7 +187,7 @@ def bf16(place: Place, model: str, attention: str) -> dict:
     network = made(model, place.device, torch.bfloat16)
     many = 2 if place.rehearse else 32
     prompts = draw(4, [12 + n for n in range(many)], network.config.vocab_size)
-    config = DecodingConfig(steps=2, max_tokens=8 if place.rehearse else 128, stop_ids=())
+    config = DecodingConfig(steps=2, max_tokens=4 if place.rehearse else 128, stop_ids=())
     found = {}
     answers = {
         batch: Engine(network, max_batch_size=batch, **ATTENTION[attention]).generate(prompts, config)

@@ -128,6 +128,7 @@ def check(place: Place) -> dict:
 
 def measure(place: Place, thousands: int, settings: dict) -> dict:
     settings = adapted(place, settings)
+    warm, steps = (1, 1) if place.rehearse else (WARM, STEPS)
     lora = "lora_rank" in settings
     model = random_model(place, torch.bfloat16 if lora else torch.float32)
     layers = sum(p.numel() for p in model.model.layers.parameters())
@@ -136,12 +137,12 @@ def measure(place: Place, thousands: int, settings: dict) -> dict:
     settings["per_device_train_batch_size"] = count
     with tempfile.TemporaryDirectory() as folder:
         planned = plan_of(place, settings, folder)
-        trainer, logs, seconds = run(model, data, WARM + STEPS, folder, **settings)
-    step = sorted(seconds[WARM - 1 :])[STEPS // 2]
+        trainer, logs, seconds = run(model, data, warm + steps, folder, **settings)
+    step = sorted(seconds[warm - 1 :])[steps // 2]
     tokens = trainer.train_dataset[0]["input_ids"].size * count
     # the trainer counts a backward as two forwards; of frozen weights there is no gradient, so it is one
     weights = plain(trainer.model).num_parameters(exclude_embeddings=True)
-    passed = trainer.state.total_flos / (WARM + STEPS) / (2 * weights)  # tokens through any model
+    passed = trainer.state.total_flos / (warm + steps) / (2 * weights)  # tokens through any model
     peak = trainer.meter.peak
     return {
         "tokens": tokens,

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 import yaml
 
+from e2e.program import Done
 from t3d import DecodingConfig, Engine, load_model
 from t3d.embedded import checkpoint
 from t3d.trajectories import TrajectoryDataset
@@ -37,21 +39,54 @@ SAME = {"strategy": "low_confidence_dynamic", "threshold": 0.5}  # as `mine` wit
 QUESTION = "Sam had 37 apples and Leo had 25. How many apples did they have in all?"
 
 
-def installed(folder: Path, kind: str, name: str, code: str) -> dict[str, str]:
-    """The environment of a process for which a package is installed that brings one component."""
+# A package is found when t3d is imported, so one process imports it and forks one for each command.
+FORKS = """
+import json, os, sys
+import t3d.generate, t3d.pipeline
+from e2e.program import _command
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        _command(*json.loads(line), None)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Installed:
+    """`t3d` where a package is installed that brings one component."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], process: subprocess.Popen):
+        self.folder, self.environment, self.process, self.calls = folder, environment, process, 0
+
+    def __call__(self, *arguments: str, cwd: Path) -> Done:
+        self.calls += 1
+        output = self.folder / f"call{self.calls}"
+        output.mkdir()
+        self.process.stdin.write(json.dumps([arguments, str(cwd), str(output)]) + "\n")
+        self.process.stdin.flush()
+        return Done(int(self.process.stdout.readline()), *((output / n).read_text() for n in ("stdout", "stderr")))
+
+
+@contextmanager
+def installed(folder: Path, kind: str, name: str, code: str):
     (folder / "mine").mkdir()
     (folder / "mine" / f"{name}.py").write_text(code)
     about = folder / "mine-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[t3d.{kind}]\n{name} = mine.{name}\n")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    tests = Path(__file__).parents[1]
+    paths = [str(folder), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipe) as process:
+        yield Installed(folder, environment, process)
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    return installed(tmp_path_factory.mktemp("site"), "policies", "mine", POLICY)
+def policy(tmp_path_factory):
+    with installed(tmp_path_factory.mktemp("site"), "policies", "mine", POLICY) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +94,15 @@ def teacher() -> Engine:
     return Engine(*load_model(checkpoint("embedded"), device="cpu"))
 
 
-def t3d(environment: dict, *arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "t3d", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
-
-
-def test_in_a_recipe(environment, tmp_path, teacher):
+def test_in_a_recipe(policy, tmp_path, teacher):
     recipe = {
         "model": {"path": "embedded", "device": "cpu"},
         "task": {"name": "word_problems", "num_train": 4, "num_eval": 2},
         "rollout": {"max_tokens": 48, "temperature": 0.0, "strategy": "mine"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = t3d(environment, "rollout", "recipe.yaml", "rollout.slack=0.5", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = policy("rollout", "recipe.yaml", "rollout.slack=0.5", cwd=tmp_path)
+    assert done.code == 0, done.stderr
     found = list(TrajectoryDataset(tmp_path / "runs" / "recipe" / "rollout"))
     assert len(found) == 4
     expected = teacher.generate([t.prompt_ids for t in found], DecodingConfig(max_tokens=48, **SAME))
@@ -82,31 +112,31 @@ def test_in_a_recipe(environment, tmp_path, teacher):
         ("rollout.slak=1", "did you mean 'rollout.slack'"),
         ("rollout.strategy=mime", "did you mean 'mine'"),
     ):
-        refused = t3d(environment, "rollout", "recipe.yaml", wrong, cwd=tmp_path)
-        assert refused.returncode == 2
+        refused = policy("rollout", "recipe.yaml", wrong, cwd=tmp_path)
+        assert refused.code == 2
         assert said in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
 
 
-def test_on_the_command_line(environment, teacher):
+def test_on_the_command_line(policy, t3d, teacher):
     common = ("generate", "embedded", QUESTION, "--raw", "--device", "cpu", "--max-tokens", "48")
-    mine = t3d(environment, *common, "--strategy", "mine", "--slack", "0.5")
-    assert mine.returncode == 0, mine.stderr
+    mine = policy(*common, "--strategy", "mine", "--slack", "0.5", cwd=t3d.folder)
+    assert mine.code == 0, mine.stderr
     (want,) = teacher.generate([QUESTION], DecodingConfig(max_tokens=48, **SAME))
     assert mine.stdout == want.text + "\n"
     assert f"{want.length} tokens in {want.nfe.denoise} forwards" in mine.stderr
-    refused = t3d(environment, "generate", "embedded", QUESTION, "--slak", "0.5")
-    assert refused.returncode == 2
+    refused = policy("generate", "embedded", QUESTION, "--slak", "0.5", cwd=t3d.folder)
+    assert refused.code == 2
     assert "--slack" in refused.stderr
-    without = t3d(os.environ | {"OMP_NUM_THREADS": "1"}, *common, "--strategy", "mine")
-    assert without.returncode == 2
+    without = t3d(*common, "--strategy", "mine")
+    assert without.code == 2
     assert "unknown strategy 'mine'" in without.stderr
 
 
-def test_in_the_server(environment, tmp_path, teacher):
+def test_in_the_server(policy, tmp_path, teacher):
     command = [sys.executable, "-m", "t3d", "serve", "embedded", "--port", "0", "--device", "cpu", "--slack", "0.75"]
     log = tmp_path / "log"
-    with log.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
+    with log.open("w") as stderr, subprocess.Popen(command, env=policy.environment, stderr=stderr) as process:
         try:
             end = time.monotonic() + 120
             while not (found := re.search(r" at (http://\S+) ", log.read_text())):
@@ -120,11 +150,13 @@ def test_in_the_server(environment, tmp_path, teacher):
 
 
 @pytest.fixture(scope="module")
-def objective(tmp_path_factory) -> dict[str, str]:
-    """With the guide's objective."""
+def objective(tmp_path_factory):
+    """The guide's."""
     guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     code = next(c for c in guide.split("```")[1::2] if c.startswith("python\n# my_package/focal.py"))
-    return installed(tmp_path_factory.mktemp("site"), "objectives", "focal", code.removeprefix("python\n"))
+    code = code.removeprefix("python\n")
+    with installed(tmp_path_factory.mktemp("site"), "objectives", "focal", code) as found:
+        yield found
 
 
 def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
@@ -137,11 +169,11 @@ def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def run(*arguments):
-        return t3d(objective, *arguments, cwd=tmp_path)
+        return objective(*arguments, cwd=tmp_path)
 
     for stage in ("rollout", "train"):
         done = run(stage, "recipe.yaml", "train.focal_gamma=1.5")
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.stderr
     state = json.loads((tmp_path / "runs" / "recipe" / "train" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][0]["loss/focal"] > 0
     for argument, said in (
@@ -149,11 +181,11 @@ def test_an_objective_with_a_key_of_its_own(objective, tmp_path):
         ("train.focal_gamma=1", "with train.focal_gamma = 1.5, not 1.0"),
     ):
         refused = run("train", "recipe.yaml", argument)
-        assert refused.returncode == 2, argument
+        assert refused.code == 2, argument
         assert said in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
     unchanged = run("train", "recipe.yaml", "train.focal_gamma=1.5", "train.beta=0.7")  # another objective's
-    assert unchanged.returncode == 0, unchanged.stderr
+    assert unchanged.code == 0, unchanged.stderr
     assert "complete, skipped" in unchanged.stderr
     assert "focal: how little a likely token counts" in run("config").stdout
 

@@ -40,8 +40,7 @@ def published(source, folder, family):
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "rank"), [("sdar", 2), ("sdar_moe", 0)], ids=["sdar-lora", "sdar_moe-full"])
 def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, rank):
     if rank:
         pytest.importorskip("peft")
@@ -51,7 +50,7 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
     assert stop_ids(teacher) == (151645, 151643)
     assert (teacher.config.mask_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id) == (151669, 151669, 151643)
     assert (teacher.dtype, teacher.config._attn_implementation) == (torch.bfloat16, "sdpa")
-    task = {"name": "gsm8k", "path": str(shared_data / "gsm8k" / "train.jsonl.gz"), "num_train": 64, "num_eval": 2}
+    task = {"name": "gsm8k", "path": str(shared_data / "gsm8k" / "train.jsonl.gz"), "num_train": 8, "num_eval": 2}
     task["eval_path"] = str(shared_data / "gsm8k" / "test.jsonl")
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 2, "bf16": True, "round_interval": 1}
     if rank:
@@ -68,7 +67,7 @@ def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, 
     assert done.code == 0, done.stderr
     run = t3d.folder / "runs" / "recipe"
     found = list(TrajectoryDataset(run / "rollout"))
-    assert len(found) == 64
+    assert len(found) == 8
     start = tokenizer.decode(found[0].prompt_ids)
     assert start.startswith("<|im_start|>user\n")
     assert start.endswith("<|im_end|>\n<|im_start|>assistant\n")

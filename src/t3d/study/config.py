@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -86,31 +86,27 @@ class Study:
                     continue
                 key = json.dumps([job.rollout and job.rollout.run_dir, job.recipe.to_dict()["eval"]])
                 if key in seen or job.rollout is None:
-                    job = self._job(name, variant, seed, "eval.teacher=false")
+                    evaluation = replace(job.recipe.eval, teacher=False)
+                    job = replace(job, recipe=replace(job.recipe, eval=evaluation))
                 seen.add(key)
                 jobs.append(job)
         return jobs
 
-    def _job(self, name: str, variant: Variant, seed: int, *more: str) -> Job:
-        def recipe(place: str, *more: str) -> Recipe:
-            overrides = (*self.set, *variant.set, *self.overrides, f"seed={seed}", *more)
-            try:
-                overrides += (f"run_dir={Path(self.folder) / place}",)
-                loaded = load_recipe(self.path.parent / self.recipe, overrides)
-                loaded.training_arguments(loaded.run_dir)  # checks
-                return loaded
-            except T3DError as error:
-                raise T3DError(f"{self.path}: variant {name!r}: {error}") from error
-
-        whole = recipe(f"{name}-seed{seed}", *more)
+    def _job(self, name: str, variant: Variant, seed: int) -> Job:
+        overrides = (*self.set, *variant.set, *self.overrides, f"seed={seed}")
+        try:
+            overrides += (f"run_dir={Path(self.folder) / f'{name}-seed{seed}'}",)
+            recipe = load_recipe(self.path.parent / self.recipe, overrides)
+            recipe.training_arguments(recipe.run_dir)  # checks
+        except T3DError as error:
+            raise T3DError(f"{self.path}: variant {name!r}: {error}") from error
         if not self.train:
-            return Job(name, seed, whole, None, train=False)
-        if not source(whole).rolls_out or whole.rollout.source:
-            return Job(name, seed, whole, None)
-        rollout = recipe(f"rollouts/{self._rollout(seed, settings(whole, 'rollout'))}")
-        return Job(
-            name, seed, recipe(f"{name}-seed{seed}", *more, f"rollout.source={rollout.run_dir}/rollout"), rollout
-        )
+            return Job(name, seed, recipe, None, train=False)
+        if not source(recipe).rolls_out or recipe.rollout.source:
+            return Job(name, seed, recipe, None)
+        folder = Path(self.folder) / "rollouts" / self._rollout(seed, settings(recipe, "rollout"))
+        shared = replace(recipe.rollout, source=f"{folder}/rollout")
+        return Job(name, seed, replace(recipe, rollout=shared), replace(recipe, run_dir=str(folder)))
 
     def _rollout(self, seed: int, made_with: dict) -> str:
         """The folder of rollouts with these settings: one that is there, whichever version made it, else a new one."""
