@@ -13,6 +13,7 @@ from t3d.decoding import DecodingConfig
 from t3d.engine import Engine, FailedEvent, FinishedEvent
 from t3d.engine.flex import in_order, page_plan
 from t3d.engine.intake import make_requests
+from t3d.engine.packing import Packing
 from tests.conftest import make_model
 
 STOPS = (1, 5)
@@ -226,7 +227,8 @@ def test_each_query_sees_the_pages_that_it_holds(model, seed):
         queries = in_order(session.scheduler.plan()[0])
         if not queries:
             return
-        plan = page_plan(cache, queries, sum(q.length for q in queries) + 3, cache.num_pages)
+        packing = Packing(cache, queries)
+        plan = page_plan(packing, packing.tokens + 3, cache.num_pages)
         one, last = plan["holders"]
         for page in range(cache.num_pages):
             holders = {n for n, q in enumerate(queries) if page in q.sequence.pages[: -(-q.end // cache.page_size)]}

@@ -3,7 +3,7 @@
 Queries of steady decoding go through one batched call per layer, a page being a batch row; where sequences have several
 pages, each page gives a partial softmax and the parts are merged. A page that several rows share is attended to once
 for each of them, from a copy but for the first. Longer ones (prefill) go one by one. Who sees whom is
-`Query.limits`: the first so many places, since the keys of a query are written to the cache before anything reads it;
+`Packing.limits`: the first so many places, since the keys of a query are written to the cache before anything reads it;
 or `Query.visible`, where a query carries more than one segment.
 """
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t3d.engine.kv_cache import KVCache
+from t3d.engine.packing import Packing
 from t3d.engine.query import Query
 
 _FAR = np.iinfo(np.int64).max // 2
@@ -33,64 +34,59 @@ class SDPAttention:
         self.long = [q for q in queries if not q.steady]
         short.sort(key=lambda q: q.sequence.pages[0])
         self.order = short + self.long
-        self.short_tokens = sum(s.length for s in short)
+        self.packing = Packing(cache, self.order)
+        self.short_tokens = int(self.packing.length[: len(short)].sum())
         if short:
-            self._plan_rows(short, dtype)
+            self._plan_rows(len(short), dtype)
         self._plan_long(dtype)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
 
-    def _plan_rows(self, short: list[Query], dtype: torch.dtype) -> None:
-        """Rows of the batched call: one per sequence, or one per page in use where each sequence has one page."""
-        pages = self.cache.used_pages
-        size = self.cache.page_size
-        width = max(s.length for s in short)
+    def _plan_rows(self, short: int, dtype: torch.dtype) -> None:
+        """Rows of the batched call, for the first queries: one for each, or one per page in use where each sequence has
+        one page."""
+        pages, size, packing = self.cache.used_pages, self.cache.page_size, self.packing
+        mine, held = slice(self.short_tokens), packing.holder < short
+        page, holder, index = packing.page[held], packing.holder[held], packing.index[held]
+        query, width = packing.query[mine], int(packing.length[:short].max())
+        rows = short if self.paged else pages
+        row_of = np.arange(short) if self.paged else page  # of each query
         # a part is a page seen by a row: all pages in use, then the shared ones once more for every further row
-        owner = [0] * pages  # part -> row
-        first = [0] * pages  # part -> position of its first key
-        taken, shared = set(), []
-        rows = len(short) if self.paged else pages
-        row_of = range(rows) if self.paged else [s.sequence.pages[0] for s in short]
-        grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
-        plain = all(query.plain for query in short)
-        limit = np.full((rows, width), _FAR)  # unused places see everything: finite, and dropped
-        sight = None if plain else np.stack([limit, limit, limit, np.full_like(limit, -1)])  # see `blocks.visible`
-        table = np.zeros((rows, max(len(s.sequence.pages) for s in short)), dtype=np.int64)
-        absent = np.ones(table.shape, dtype=bool)
-        places, token, longest = [], 0, 1
+        again = np.ones(len(page), dtype=bool)
+        again[np.unique(page, return_index=True)[1]] = False
+        shared = page[again]
+        part = page.copy()
+        part[again] = pages + np.arange(len(shared))
+        owner = np.zeros(pages + len(shared), dtype=np.int64)  # part -> row
         if not self.paged:
-            owner = list(range(pages))
-        for row, query in zip(row_of, short, strict=True):
-            n = query.length
-            grid[row, :n] = np.arange(token, token + n)
-            if plain:
-                limit[row, :n] = query.limits()
-            else:
-                sight[:, row, :n] = query.visible()
-            places.append(np.arange(row * width, row * width + n))
-            token += n
-            held = []
-            for index, page in enumerate(query.sequence.pages[: -(-query.end // size)]):
-                part = page
-                if page in taken:
-                    part = pages + len(shared)
-                    shared.append(page)
-                    owner.append(0)
-                    first.append(0)
-                taken.add(page)
-                owner[part], first[part] = row, index * size
-                held.append(part)
-            table[row] = held[0]  # absent ones have weight 0; another sequence's NaN would not be stopped by that
-            table[row, : len(held)] = held
-            absent[row, : len(held)] = False
-            longest = max(longest, min(query.end, size))
-        owner, first = np.array(owner), np.array(first)
+            owner[:pages] = np.arange(pages)
+        first = np.zeros_like(owner)  # part -> position of its first key
+        owner[part], first[part] = row_of[holder], index * size
+        table = np.zeros((rows, int(index.max()) + 1), dtype=np.int64)
+        absent = np.ones(table.shape, dtype=bool)
+        # absent ones have weight 0; another sequence's NaN would not be stopped by that
+        table[row_of] = part[index == 0][:, None]
+        table[row_of[holder], index], absent[row_of[holder], index] = part, False
+        column = packing.place[mine] - packing.start[query]
+        grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
+        grid[row_of[query], column] = np.arange(self.short_tokens)
+        places = row_of[query] * width + column
+        # unused places see everything: finite, and dropped
+        plain = all(query.plain for query in self.order[:short])
+        if plain:
+            limit = np.full((rows, width), _FAR)
+            limit[row_of[query], column] = packing.limits[mine]
+        else:
+            sight = np.full((4, rows, width), _FAR)  # see `blocks.visible`
+            sight[3] = -1
+            sight[:, row_of[query], column] = packing.sight[:, mine]
+        token, longest = self.short_tokens, min(int(packing.end[:short].max()), size)
         self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
-        self.shared = self._tensor(np.array(shared)) if shared else None
+        self.shared = self._tensor(shared) if len(shared) else None
         regular = token == rows * width  # every row full: packing is a reshape
         self.grid = None if regular else self._tensor(grid.ravel())
-        self.places = None if regular else self._tensor(np.concatenate(places))
+        self.places = None if regular else self._tensor(places)
         self.mask = None
         key = torch.arange(longest, device=self.device)
         hidden = None
@@ -113,10 +109,12 @@ class SDPAttention:
 
     def _plan_long(self, dtype: torch.dtype) -> None:
         self.long_plans = []
-        for query in self.long:
+        for query, token in zip(self.long, self.packing.first[-len(self.long) :].tolist(), strict=bool(self.long)):
             key = torch.arange(query.end, device=self.device)
             if query.plain:
-                hidden = key >= self._tensor(query.limits())[:, None]  # (length, end)
+                hidden = (
+                    key >= self._tensor(self.packing.limits[token : token + query.length])[:, None]
+                )  # (length, end)
             else:
                 hidden = _hidden(self._tensor(query.visible())[..., None], key)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)

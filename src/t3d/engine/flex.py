@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from t3d.engine.attention import to_device
 from t3d.engine.kv_cache import KVCache
+from t3d.engine.packing import Packing
 from t3d.engine.query import Query
 
 _TILE = 128  # queries per tile
@@ -23,15 +24,15 @@ def in_order(queries: list[Query]) -> list[Query]:
     return sorted(queries, key=lambda query: query.sequence.pages)
 
 
-def page_plan(cache: KVCache, queries: list[Query], tokens: int, pages: int) -> dict[str, np.ndarray]:
+def page_plan(packing: Packing, tokens: int, pages: int) -> dict[str, np.ndarray]:
     """Which pages each tile of queries reads, and what each query may see there; int64, padded to `tokens` and `pages`.
 
-    queries: `in_order`. counts (tiles,), indices (tiles, pages): the pages of a tile. holders (2, pages): the first and
-    the last query that holds a page, 0 and -1 for none; first (pages,): place of its first key. query_of (tokens,): the
-    query of each token, -2 for padding, which sees nothing; sight (4, tokens): what it sees of the places of its
-    sequence, see `t3d.blocks.visible`.
+    packing: of queries `in_order`. counts (tiles,), indices (tiles, pages): the pages of a tile. holders (2, pages):
+    the first and the last query that holds a page, 0 and -1 for none; first (pages,): place of its first key. query_of
+    (tokens,): the query of each token, -2 for padding, which sees nothing; sight (4, tokens): what it sees of the
+    places of its sequence, see `t3d.blocks.visible`.
     """
-    size, tiles = cache.page_size, -(-tokens // _TILE)
+    tiles, page, holder = -(-tokens // _TILE), packing.page, packing.holder
     plan = {
         "counts": np.zeros(tiles, dtype=np.int64),
         "indices": np.zeros((tiles, pages), dtype=np.int64),
@@ -40,25 +41,18 @@ def page_plan(cache: KVCache, queries: list[Query], tokens: int, pages: int) -> 
         "query_of": np.full(tokens, -2, dtype=np.int64),
         "sight": np.zeros((4, tokens), dtype=np.int64),
     }
-    reads: list[set[int]] = [set() for _ in range(tiles)]
-    token = 0
-    for number, query in enumerate(queries):
-        held = query.sequence.pages[: -(-query.end // size)]
-        new = np.asarray(held)[plan["holders"][1, held] < 0]
-        plan["holders"][0, new], plan["holders"][1, held] = number, number
-        plan["first"][held] = np.arange(len(held)) * size
-        mine = slice(token, token + query.length)
-        plan["query_of"][mine] = number
-        if query.plain:
-            plan["sight"][0, mine], plan["sight"][3, mine] = query.limits(), -1
-        else:
-            plan["sight"][:, mine] = query.visible()
-        for tile in range(token // _TILE, (mine.stop - 1) // _TILE + 1):
-            reads[tile].update(held)
-        token = mine.stop
-    for tile, held in enumerate(reads):
-        plan["indices"][tile, : len(held)] = sorted(held)
-        plan["counts"][tile] = len(held)
+    # of several values for one place the last remains
+    plan["holders"][0, page[::-1]], plan["holders"][1, page] = holder[::-1], holder
+    plan["first"][page] = packing.index * packing.cache.page_size
+    plan["query_of"][: packing.tokens] = packing.query
+    plan["sight"][:, : packing.tokens] = packing.sight
+    # every tile with every page of every query in it
+    tile = packing.first // _TILE
+    spans = ((packing.first + packing.length - 1) // _TILE - tile + 1)[holder]
+    more = np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)
+    tile, page = np.divmod(np.unique((np.repeat(tile[holder], spans) + more) * pages + np.repeat(page, spans)), pages)
+    plan["counts"] += np.bincount(tile, minlength=tiles)
+    plan["indices"][tile, np.arange(len(tile)) - np.searchsorted(tile, tile)] = page
     return plan
 
 
@@ -107,7 +101,8 @@ class FlexAttention(PagedFlex):
 
     def __init__(self, cache: KVCache, queries: list[Query], groups: int, dtype: torch.dtype):
         self.order = in_order(queries)
-        plan = page_plan(cache, self.order, sum(q.length for q in queries), cache.used_pages)
+        self.packing = Packing(cache, self.order)
+        plan = page_plan(self.packing, self.packing.tokens, cache.used_pages)
         super().__init__(cache, {name: to_device(array, cache.data.device) for name, array in plan.items()}, groups)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t3d.engine.flex import PagedFlex, page_plan
 from t3d.engine.kv_cache import KVCache
+from t3d.engine.packing import Packing
 from t3d.engine.query import Query
 
 
@@ -37,10 +38,10 @@ class StepGraphs:
         # one pool of memory for all graphs: of two, only the last that was replayed has logits that are still wanted
         self.pool = torch.cuda.graph_pool_handle() if cache.data.is_cuda else None
 
-    def __call__(self, queries: list[Query], packed: np.ndarray, select: np.ndarray) -> Tensor:
+    def __call__(self, packing: Packing, packed: np.ndarray, select: np.ndarray) -> Tensor:
         """Logits float32 (len(select), vocab); packed: int64 (3, tokens) ids, positions and slots of the queries."""
         tokens, wanted = padded(packed.shape[1]), padded(len(select))
-        inputs = page_plan(self.cache, queries, tokens, self.cache.num_pages)
+        inputs = page_plan(packing, tokens, self.cache.num_pages)
         for name, row, fill in zip(("ids", "positions", "slots"), packed, (0, 0, self.cache.scratch), strict=True):
             inputs[name] = np.full(tokens, fill, dtype=np.int64)
             inputs[name][: len(row)] = row

@@ -11,18 +11,27 @@ from t3d.engine.query import Query
 from t3d.engine.request import Request, Sequence
 
 
-def guide(values: Tensor, count: int, guided: list[tuple[int, int, float]]) -> Tensor:
-    """Classifier-free guidance: the first `count` rows of a forward's logits, changed in place where guided.
+def guide(values: Tensor, queries: list[Query], companions: list[Query]) -> Tensor:
+    """Classifier-free guidance: the logits of the queries, those of guided sequences changed in place.
 
-    values: float32 (n, vocab); those from `count` on are of the companions. guided: (first, end, scale) of the rows
-    that each companion's rows belong to, in order. With c and u the logits with and without the question,
-    `u + (scale + 1) * (c - u)` (LLaDA, arXiv 2502.09992).
+    values: float32 (n, vocab), of the queries and then of the companions. With c and u the logits with and without the
+    question, `u + (scale + 1) * (c - u)` (LLaDA, arXiv 2502.09992).
     """
-    index = torch.cat([torch.arange(first, end) for first, end, _ in guided]).to(values.device)
-    scale = torch.cat([torch.full((end - first, 1), scale) for first, end, scale in guided]).to(values.device)
-    c, u = values[index], values[count:]
-    values[index] = u + (scale + 1) * (c - u)
-    return values[:count]
+    device, other = values.device, _rows(companions)
+    guided = [q for q in queries if q.sequence.request.guided]
+    index, scales = torch.from_numpy(_rows(guided)).to(device), []
+    for query in guided:
+        scales += [query.sequence.request.config.guidance_scale] * int(sum(s.want.sum() for s in query.segments))
+    c, u = values[index], values[torch.from_numpy(other).to(device)]
+    values[index] = u + (torch.tensor(scales, device=device)[:, None] + 1) * (c - u)
+    return values[: len(values) - len(other)]
+
+
+def _rows(queries: list[Query]) -> np.ndarray:
+    """Rows of the logits of these queries' segments, int64."""
+    rows = [segment.rows for query in queries for segment in query.segments]
+    found = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    return found[found >= 0]
 
 
 @dataclass(eq=False)

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from t3d.blocks import Rule, block_end, visible
+from t3d.blocks import Rule, visible
 from t3d.decoding.flight import Segment
 
 if TYPE_CHECKING:
     from t3d.engine.guidance import Companion
     from t3d.engine.request import Sequence
-
-NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(eq=False)
@@ -55,42 +53,6 @@ class Query:
     def plain(self) -> bool:
         """Whether every token sees all places up to the end of its block, and has the position of its place."""
         return not self.segments or (len(self.segments) == 1 and self.segments[0].rule is Rule.BLOCK)
-
-    def ids(self) -> list[np.ndarray]:
-        return [self.sequence.read(self.start, self.final), *(s.ids for s in self.segments)]
-
-    def positions(self) -> list[np.ndarray]:
-        """What rotations go by: counted from the first token, so that no origin takes from the model's context. The
-        places in the cache, but for segments behind the first."""
-        if self.plain:
-            return [np.arange(self.start, self.end)]
-        starts = [s.start - self.sequence.origin for s in self.segments]
-        segments = (np.arange(n, n + len(s)) for n, s in zip(starts, self.segments, strict=True))
-        return [np.arange(self.start, self.final), *segments]
-
-    def wanted(self, shift: int = 0) -> np.ndarray:
-        """Which of its tokens have the logits that are wanted, int64, counted from its first token.
-
-        shift: 0, those that want them; 1, the ones before, which for a segment's first token is the last final one.
-        """
-        parts, first = [], self.final - self.start
-        last = first - 1
-        for segment in self.segments:
-            rows = segment.want.nonzero()[0] + (first - shift)
-            if shift and len(rows) and rows[0] < first:
-                rows[0] = last
-            parts.append(rows)
-            first += len(segment)
-        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else NOTHING
-
-    def limits(self) -> np.ndarray:
-        """How many places each of its tokens sees, where it is `plain`. int64 (length,)"""
-        origin, block = self.sequence.origin, self.sequence.request.span
-        place = np.arange(self.start, self.end)
-        limits = block_end(place + origin, block) - origin
-        if self.sequence.request.final_block != block:
-            limits[: self.final - self.start] = place[: self.final - self.start] + 1
-        return np.minimum(limits, self.end)  # the last block may be short
 
     def visible(self) -> np.ndarray:
         """What each of its tokens sees, int64 (4, length): see `t3d.blocks.visible`."""

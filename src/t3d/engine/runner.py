@@ -16,6 +16,7 @@ from t3d.engine.attention import SDPAttention, to_device
 from t3d.engine.flex import FlexAttention, in_order
 from t3d.engine.graphs import StepGraphs, is_steady
 from t3d.engine.kv_cache import KVCache, cache_shape, dtype_of
+from t3d.engine.packing import Packing
 from t3d.engine.query import Query
 from t3d.models.family import FamilyModel, LayerParts
 
@@ -116,24 +117,17 @@ class Runner:
     def forward(self, cache: KVCache, queries: list[Query]) -> Tensor:
         """Write the queries' keys and values to the cache; logits, float32 (n, vocab), of the tokens they want.
 
-        The logits come in the order of `queries`.
+        The logits come in the order of `queries`; the `rows` of their segments say where.
         """
         steady = self.graphs and is_steady(queries)
         attention = None if steady else self.attention(cache, queries, self.groups, self.dtype)
-        order = in_order(queries) if steady else attention.order
-        offset, token = {}, 0
-        for query in order:
-            offset[id(query)] = token
-            token += query.length
-        packed = np.empty((3, token), dtype=np.int64)
-        np.concatenate([part for q in order for part in q.ids()], out=packed[0])
-        np.concatenate([part for q in order for part in q.positions()], out=packed[1])
-        np.concatenate([cache.slots(q.sequence, q.start, q.end) for q in order], out=packed[2])
-        select = np.concatenate([q.wanted(self.shift) + offset[id(q)] for q in queries])
+        packing = Packing(cache, in_order(queries)) if steady else attention.packing
+        ids, select = packing.fill(queries, self.shift)
+        packed = np.stack([ids, packing.positions(), packing.slots()])
         if steady:
             if self._steps is None or self._steps.cache is not cache:
                 self._steps = StepGraphs(self, cache)
-            return self._steps(order, packed, select)
+            return self._steps(packing, packed, select)
         return self.compute(cache, attention, *to_device(packed, self.device), to_device(select, self.device))
 
     def compute(

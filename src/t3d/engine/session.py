@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from t3d.decoding.flight import Row, Segment
+from t3d.decoding.flight import Row
 from t3d.engine.decide import Logits, decide
 from t3d.engine.guidance import Companion, guide
 from t3d.engine.kv_cache import KVCache, cache_shape
@@ -150,22 +149,19 @@ class Session:
         """
         queries, companions = self.scheduler.plan()
         values = self.runner.forward(self.cache, queries + companions)
-        denoising, count, guided = [], 0, []
+        denoising = []
         for query in queries:
             hit = query.sequence.hit
             query.sequence.advance(query)
             self.stats.cached_tokens += query.sequence.hit - hit
-            first = count
-            for segment in query.segments:
-                segment.rows, count = number(segment, count)
             if query.denoise:
                 denoising.append(query.sequence)
-                if query.sequence.request.guided:
-                    guided.append((first, count, query.sequence.request.config.guidance_scale))
         for query in companions:
             query.sequence.advance(query)
         self.cache.wrote(queries + companions)
-        logits = Logits(guide(values, count, guided) if guided else values, self.mask_id)
+        if companions:
+            values = guide(values, queries, companions)
+        logits = Logits(values, self.mask_id)
         events: list[Event] = []
         going, answer, failures = denoising, logits, []
         while going:
@@ -190,11 +186,12 @@ class Session:
             going = [s for s in dict.fromkeys(sequence for sequence, _ in rows) if id(s) not in failed]
             answer, failures = None, []
         for sequence in denoising:
-            about = (sequence.request.index, sequence.request.sample)
-            events += [StepEvent(*about, *told, sequence.denoise + sequence.verify) for told in sequence.told]
-            sequence.told.clear()
+            if sequence.told:
+                about = (sequence.request.index, sequence.request.sample)
+                events += [StepEvent(*about, *told, sequence.denoise + sequence.verify) for told in sequence.told]
+                sequence.told.clear()
         for sequence in denoising:
-            if sequence.finished and sequence in self.scheduler.running:
+            if sequence.finished and not sequence.failed:
                 events += self._end_blocks(sequence)
         self._count(events)
         return events
@@ -237,17 +234,6 @@ class Session:
         stats.preemptions = self.scheduler.preemptions
         stats.kv_tokens = cache.used_pages * cache.page_size
         stats.kv_peak_tokens = cache.peak * cache.page_size
-
-
-def number(segment: Segment, count: int) -> tuple[np.ndarray, int]:
-    """Which row of the logits each token of the segment has, int64, -1 for none, if `count` came before; and how many
-    there are then."""
-    if segment.want.all():
-        return np.arange(count, count + len(segment)), count + len(segment)
-    places = segment.want.nonzero()[0]
-    rows = np.full(len(segment), -1)
-    rows[places] = np.arange(count, count + len(places))
-    return rows, count + len(places)
 
 
 def pages_for(request: Request, page_size: int) -> int:
