@@ -3,19 +3,21 @@
     python benchmarks/host.py [--batch N ...] [--steps N ...]
 
 A model of one small layer decodes on one CPU thread. Milliseconds of processor time per step, medians: the forward
-(which a GPU computes while Python waits or goes on), what comes before it, and what comes after it. On a GPU the last
-two are what keeps it waiting, and with CUDA graphs all that does.
+(which a GPU computes while Python goes on), what Python does beside it, up to the copy of what was drawn, which waits
+for the GPU, and what it does before and after, while the GPU has nothing to do.
 """
 
 import argparse
 import statistics
 import time
+from itertools import pairwise
 
 import torch
 from engine import make_model
 
 from t3d.decoding import DecodingConfig
 from t3d.engine import Engine
+from t3d.engine.decide import _Batch
 from t3d.engine.intake import make_requests
 from t3d.engine.runner import Runner
 
@@ -23,15 +25,15 @@ PROMPT, NEW = 32, 256
 
 
 class Watch:
-    """Processor time inside a method, by call."""
+    """When the last call of a method began and ended, in processor time."""
 
     def __init__(self, owner: type, name: str):
-        self.seconds, method = 0.0, getattr(owner, name)
+        method = getattr(owner, name)
 
         def timed(*arguments):
-            start = time.process_time()
+            self.start = time.process_time()
             found = method(*arguments)
-            self.seconds += time.process_time() - start
+            self.end = time.process_time()
             return found
 
         setattr(owner, name, timed)
@@ -44,8 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = make_model("tiny", "cpu", torch.float32)
-    compute, forward = Watch(Runner, "compute"), Watch(Runner, "forward")
-    print(f"{'batch':>5} {'steps':>5} {'forward':>8} {'before':>7} {'after':>6}  (ms)")
+    compute, forward, draw = Watch(Runner, "compute"), Watch(Runner, "forward"), Watch(_Batch, "view")
+    print(f"{'batch':>5} {'steps':>5} {'forward':>8} {'beside':>7} {'before':>7} {'after':>6}  (ms)")
     for batch in options.batch:
         for steps in options.steps:
             config = DecodingConfig(steps=steps, max_tokens=NEW, stop_ids=())
@@ -57,13 +59,13 @@ def main() -> None:
             session.step()
             found = []
             while not session.done:
-                compute.seconds = forward.seconds = 0.0
                 start = time.process_time()
                 session.step()
-                whole = time.process_time() - start
-                found.append((compute.seconds, forward.seconds - compute.seconds, whole - forward.seconds))
-            inside, before, after = (1e3 * statistics.median(column) for column in zip(*found, strict=True))
-            print(f"{batch:5} {steps:5} {inside:8.2f} {before:7.2f} {after:6.2f}", flush=True)
+                times = (start, compute.start, compute.end, forward.end, draw.end, time.process_time())
+                before, inside, leaving, beside, after = (b - a for a, b in pairwise(times))
+                found.append((inside, beside, before + leaving, after))
+            medians = (1e3 * statistics.median(column) for column in zip(*found, strict=True))
+            print(f"{batch:5} {steps:5} {{:8.2f}} {{:7.2f}} {{:7.2f}} {{:6.2f}}".format(*medians), flush=True)
 
 
 if __name__ == "__main__":

@@ -277,9 +277,10 @@ class Sequence:
         A stop token counts, a stop string's tokens too; what comes after `max_tokens` does not.
         """
         prompt, most = self.request.start, self.request.config.max_tokens
-        new = self.tokens[prompt:last].tolist()
-        stops = [n for n in range(first - prompt, min(len(new), most)) if new[n] in self.request.config.stop_ids]
+        block = self.tokens[first : min(last, prompt + most)].tolist()
+        stops = [n for n, token in enumerate(block, first - prompt) if token in self.request.config.stop_ids]
         lengths = [stops[0] + 1] if stops else []
+        new = self.tokens[prompt:last].tolist() if self.request.config.stop else []
         for string in self.request.config.stop:
             near = max(0, first - prompt - 4 * len(string))  # a token has a byte at least, a character four at most
             if string in tokenizer.decode(new[near:most]) and string in tokenizer.decode(new[:most]):
@@ -288,7 +289,7 @@ class Sequence:
                 lengths += [next((n for n in ends if string in tokenizer.decode(new[:n])), ends[-1])]
         if lengths:
             return min(lengths), "stop"
-        return (most, "length") if len(new) >= most else None
+        return (most, "length") if last - prompt >= most else None
 
     def trajectory(self, last: int, length: int, finish_reason: str, text: str | None) -> Trajectory:
         """last: where the last block that is kept ends."""

@@ -85,6 +85,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give it and its companion pages for the next forward; False, and nothing taken, if that leaves too few."""
         missing = sum(self.cache.missing(side, side.places) for side in sequence.sides)
+        if not missing + spare:
+            return True
         return missing + spare <= self.cache.free_pages and all(self.cache.grow(s, s.places) for s in sequence.sides)
 
     def _can_grow(self, sequence: Sequence) -> int:

@@ -13,16 +13,17 @@ from t3d.errors import T3DError
 def ask(blocks: list[Block], sequence) -> list[Segment]:
     """Consecutive blocks as a segment, each of which sees the ones before it, and what the policy asks for besides."""
     needs = sequence.policy.needs
-    ids = np.concatenate([b.tokens for b in blocks])
-    if FILLED in needs:
-        want = np.concatenate([~b.fixed for b in blocks])
-    else:
-        want = np.concatenate([sequence.window(b) for b in blocks])
+    ids = _joined([b.tokens for b in blocks])
+    want = _joined([~b.fixed if FILLED in needs else sequence.window(b) for b in blocks])
     whole = sequence.canvas(Segment(blocks[0].start, ids, want))
     if SHADOW not in needs:
         return [whole]
     filled = (ids != sequence.mask_id) & ~np.concatenate([b.fixed for b in blocks])
     return [whole, Segment(whole.start, np.full_like(ids, sequence.mask_id), filled, Rule.EXCEPT, of=whole)]
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0].copy()
 
 
 def row(block: Block, segments: list[Segment], **about) -> Row:
@@ -42,7 +43,7 @@ def without(block: Block, places: np.ndarray) -> Segment:
 
 def complete(block: Block, policy) -> bool:
     """Nothing is masked and, where the policy looks at filled places too, nothing changed any more."""
-    return not block.masked().any() and not (FILLED in policy.needs and block.changed)
+    return block.full() and not (FILLED in policy.needs and block.changed)
 
 
 @register("multi_block")
