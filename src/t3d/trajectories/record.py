@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from t3d.blocks import origin
+from t3d.decoding.logprobs import Logprobs
 from t3d.errors import T3DError
 
 FINISH_REASONS = ("stop", "length")
@@ -56,6 +57,7 @@ class Trajectory:
     question: str | None = None
     answer: str | None = None  # the reference answer, if the task has one
     correct: bool | None = None  # the verifier's verdict; None where there is nothing to verify
+    logprobs: Logprobs | None = None  # of response_ids, if asked for; not stored
     extra: dict = field(default_factory=dict)  # small JSON-able values a caller wants kept
 
     @property
