@@ -27,7 +27,7 @@ from t3d.serve.errors import ApiError
 from t3d.serve.guard import Guard
 from t3d.serve.metrics import Metrics
 from t3d.serve.model import Served
-from t3d.serve.schema import ChatBody, CompletionBody, Decoding, explain
+from t3d.serve.schema import ChatBody, CompletionBody, Decoding, DetokenizeBody, TokenizeBody, explain
 
 
 def create_app(models: list[Served], config: ServeConfig) -> Guard:
@@ -76,7 +76,7 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
         clock = metrics.clock(served.name)
         requests = await asyncio.to_thread(served.chat if form.chat else served.complete, body)
         job = served.worker.submit(requests, watch=bool(body.stream_steps))
-        answer = Answer(form, body, served.name, job, served.tokenizer, config.timeout, clock)
+        answer = Answer(form, body, served, job, config.timeout, clock)
         if body.stream:
             return EventStream(answer)
         try:
@@ -94,6 +94,16 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     async def completions(body: CompletionBody, request: Request):
         """Continue one or several prompts, as OpenAI's endpoint of this name."""
         return await respond(COMPLETION, body, request)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody):
+        """The tokens of a text, or of a conversation through the model's chat template."""
+        return await asyncio.to_thread(find(body.model).tokenize, body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody):
+        """The text of tokens."""
+        return await asyncio.to_thread(find(body.model).detokenize, body)
 
     @app.get("/v1/models")
     async def list_models():

@@ -13,7 +13,8 @@ from t3d.engine.request import Request
 from t3d.engine.session import check_fits
 from t3d.errors import T3DError
 from t3d.serve.errors import ApiError
-from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding
+from t3d.serve.logprobs import Tokens
+from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding, DetokenizeBody, Message, TokenizeBody
 from t3d.serve.worker import Worker
 
 
@@ -24,18 +25,24 @@ class Served:
         self.worker, self.default, self.name = worker, default, worker.name
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
+        self.tokens = Tokens(self.tokenizer)
 
     def chat(self, body: ChatBody) -> list[Request]:
         """Raises ApiError."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         return self._requests(
-            [self._rendered(body, None)], body, body.limit, "messages", lambda text: self._rendered(body, text)
+            [self._rendered(body.messages)],
+            body,
+            body.limit,
+            "messages",
+            lambda text: self._rendered(body.messages, text),
         )
 
-    def _rendered(self, body: ChatBody, last: str | None) -> str:
-        """The chat as text; with `last` in the place of what its last message of a user says. Raises ApiError."""
-        messages = [message.plain() for message in body.messages]
+    def _rendered(self, messages: list[Message], last: str | None = None, answer: bool = True) -> str:
+        """The chat as text; with `last` in the place of what its last message of a user says; `answer`: up to where
+        the answer begins. Raises ApiError."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
+        messages = [message.plain() for message in messages]
         if last is not None:
             users = [n for n, message in enumerate(messages) if message["role"] == "user"]
             if not users:
@@ -44,13 +51,29 @@ class Served:
                 )
             messages[users[-1]]["content"] = last
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template: {error}", param="messages") from error
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """Raises ApiError."""
         return self._requests(body.prompts(), body, body.limit, "prompt")
+
+    def tokenize(self, body: TokenizeBody) -> dict:
+        """Raises ApiError."""
+        text = body.prompt
+        if text is None:
+            text = self._rendered(body.messages, answer=body.add_generation_prompt)
+        ids = self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
+        names = self.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.worker.longest, "tokens": ids, "token_strs": names}
+
+    def detokenize(self, body: DetokenizeBody) -> dict:
+        """Raises ApiError."""
+        most = len(self.tokenizer) - 1
+        if body.tokens and max(body.tokens) > most:
+            raise ApiError(400, f"token ids of {self.name} lie in 0..{most}, got {max(body.tokens)}", param="tokens")
+        return {"prompt": self.tokenizer.decode(body.tokens)}
 
     def _requests(
         self, prompts: list, body: Decoding, limit: int | None, param: str, render: Callable[[str], str] = str
@@ -83,7 +106,7 @@ class Served:
             config = body.decoding(self.default, limit or room)
             if config.negative_prompt is not None:
                 config = replace(config, negative_prompt=render(config.negative_prompt))
-            requests = make_requests(encoded, config, None, None, self.model, self.tokenizer)
+            requests = make_requests(encoded, config, None, None, self.model, self.tokenizer, body.alternatives)
             for request in requests:  # a flight may need more than the text itself
                 check_fits(request, *self.worker.size)
             return requests

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from t3d.decoding.config import OWNED, DecodingConfig
 from t3d.decoding.flight import FLIGHTS
+from t3d.decoding.logprobs import MOST as MOST_LOGPROBS
 from t3d.decoding.policy import POLICIES, SCHEDULES
 from t3d.errors import nearest
 
@@ -21,12 +22,10 @@ IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key",
 UNSUPPORTED: dict[str, tuple] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
@@ -36,13 +35,13 @@ UNSUPPORTED: dict[str, tuple] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
 MAX_BLOCK = 64  # a request's block size, where the model's own is not larger still
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 class Strict(BaseModel):
@@ -65,6 +64,10 @@ def _owned(f: Field_) -> tuple:
 
 MOST = 10**9
 Owned = create_model("Owned", __base__=Strict, **{name: _owned(f) for name, f in OWNED.items()})
+
+
+def refuse(name: str, message: str):
+    raise PydanticCustomError("invalid_value", message, {"name": name})
 
 
 class Decoding(Owned):
@@ -125,9 +128,6 @@ class Decoding(Owned):
 
     @model_validator(mode="after")
     def _together(self) -> "Decoding":
-        def refuse(name: str, message: str):
-            raise PydanticCustomError("invalid_value", message, {"name": name})
-
         if self.temperature is not None and 0 < self.temperature < 1e-4:
             refuse("temperature", "temperature is 0 (greedy) or at least 0.0001")
         if isinstance(self.stop, list) and len(self.stop) > 16:
@@ -171,24 +171,72 @@ class Message(BaseModel):
 class ChatBody(Decoding):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = Field(None, description="with logprobs: of so many likeliest tokens, too")
+
+    @model_validator(mode="after")
+    def _top(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            refuse("top_logprobs", "top_logprobs is only for logprobs = true")
+        return self
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the answer's; None: not even those."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def echo(self) -> None:
+        """A chat's prompt is not given back."""
+
 
 class CompletionBody(Decoding):
     prompt: str | list[str] | list[Id] | list[list[Id]]
+    echo: bool | None = Field(None, description="give the prompt back before the answer")
+    logprobs: Literal[False] | Alternatives | None = Field(None, description="of so many likeliest tokens, too")
 
     @property
     def limit(self) -> int:
         return self.max_tokens or 16  # OpenAI's default
+
+    @property
+    def alternatives(self) -> int | None:
+        """As of a chat."""
+        return None if self.logprobs is False else self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One item per prompt."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]
         return self.prompt
+
+
+class TokenizeBody(Strict):
+    """As vLLM's endpoint of this name takes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="a chat, instead")
+    add_generation_prompt: bool = Field(True, description="with messages: and the beginning of the answer")
+    add_special_tokens: bool = Field(False, description="those that the tokenizer puts around a text")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            refuse("prompt", "give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Strict):
+    """As vLLM's endpoint of this name takes it."""
+
+    model: str | None = None
+    tokens: Annotated[list[Id], Field(max_length=1 << 20)]
 
 
 def _same(value: Any, other: Any) -> bool:
