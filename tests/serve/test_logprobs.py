@@ -116,7 +116,7 @@ def test_tokens_of_a_chat(http, client, offline):
     [
         ("/tokenize", {}, "give either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "give either prompt or messages"),
-        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        ("/tokenize", {"prompt": "\ud800"}, "surrogate"),
         ("/tokenize", {"prompt": "a", "return_token_str": True}, "return_token_str"),
         ("/detokenize", {"tokens": [264]}, "token ids of tiny lie in 0..262, got 264"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),

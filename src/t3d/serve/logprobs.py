@@ -92,9 +92,11 @@ class Told:
         """Where in the text each token begins; special tokens take no room."""
         found = []
         for token in ids:
-            found.append(self._offset)
-            if token not in self.tokens.special:
-                self._offset += len(self._reader.decode(self.tokens.bytes(token)))
+            raw = b"" if token in self.tokens.special else self.tokens.bytes(token)
+            begun, _ = self._reader.getstate()  # bytes of a character that is not whole
+            goes_on = raw[:1] and 0x80 <= raw[0] < 0xC0
+            found.append(self._offset + bool(begun and not goes_on))
+            self._offset += len(self._reader.decode(raw))
         return found
 
 

@@ -1,5 +1,6 @@
 """A checkpoint that is served: what a client asks for becomes requests for its worker."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from jinja2 import TemplateError
 
 from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
-from t3d.engine.intake import make_requests
+from t3d.engine.intake import make_requests, resolve
 from t3d.engine.request import Request
 from t3d.engine.session import check_fits
 from t3d.errors import T3DError
+from t3d.models.recommended import recommended
 from t3d.serve.errors import ApiError
 from t3d.serve.logprobs import Tokens
 from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding, DetokenizeBody, Message, TokenizeBody
@@ -21,8 +23,9 @@ from t3d.serve.worker import Worker
 class Served:
     """A name, a worker and a tokenizer. The methods take time for long prompts, and may run in any thread."""
 
-    def __init__(self, worker: Worker, default: DecodingConfig):
-        self.worker, self.default, self.name = worker, default, worker.name
+    def __init__(self, worker: Worker, default: DecodingConfig, path: str = ""):
+        self.worker, self.default, self.name, self.path = worker, default, worker.name, path
+        self.updating = asyncio.Lock()
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
         self.tokens = Tokens(self.tokenizer)
@@ -112,6 +115,16 @@ class Served:
             return requests
         except T3DError as error:
             raise ApiError(400, str(error)) from error
+
+
+def recommended_decoding(path: str, model, tokenizer, settings: dict) -> DecodingConfig:
+    """How to decode where a request does not say: `settings`, then what the checkpoint recommends. Raises T3DError."""
+    try:
+        default = DecodingConfig(**recommended(model) | settings)
+        resolve(default, model, tokenizer)  # says what does not fit this model
+    except (T3DError, TypeError) as error:
+        raise T3DError(f"{path}: {error}") from error
+    return default
 
 
 def name_of(argument: str, exists: Callable[[str], bool] = lambda path: Path(path).exists()) -> tuple[str, str]:

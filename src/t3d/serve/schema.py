@@ -47,6 +47,15 @@ Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unicode(cls, body: Any) -> Any:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
+        return body
+
 
 class StreamOptions(Strict):
     include_usage: bool = False
@@ -104,10 +113,6 @@ class Decoding(Owned):
         """Drop what asks for nothing; say clearly what is not there."""
         if not isinstance(body, dict):
             return body
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
         kept = {}
         for name, value in body.items():
             if name in cls.model_fields:
@@ -237,6 +242,16 @@ class DetokenizeBody(Strict):
 
     model: str | None = None
     tokens: Annotated[list[Id], Field(max_length=1 << 20)]
+
+
+class UpdateBody(Strict):
+    """As SGLang's endpoint of this name takes it."""
+
+    model: str | None = None
+    model_path: Annotated[str, Field(min_length=1)] = Field(
+        description="a checkpoint folder on the server's machine, or a hub id"
+    )
+    flush_cache: Literal[True] = Field(True, description="what the old weights computed is never used with the new")
 
 
 def _same(value: Any, other: Any) -> bool:
