@@ -20,7 +20,7 @@ CASES = {
     "static": {"steps": 3},
     "sampled": {"steps": 3, "temperature": 0.9, "top_k": 7, "top_p": 0.9, "confidence": "sampling"},
     "threshold": {"strategy": "low_confidence_dynamic", "threshold": 0.3},
-    "adjusted": {"strategy": "eos_rejection", "steps": 4},
+    "adjusted": {"strategy": "credit", "steps": 4},
     "rewriting": {"strategy": "token_editing", "block_size": 4, "max_tokens": 9},
     "masking again": {"strategy": "wino", "accept_threshold": 0.0, "temperature": 1.5},
     "several blocks": {"strategy": "low_confidence_dynamic", "threshold": 0.3, "blocks_in_flight": 3, "recheck": 0.2},

@@ -8,7 +8,9 @@ import numpy as np
 
 from t3d import blocks
 from t3d.blocks import block_start, whole_blocks
+from t3d.decoding import constrained
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.constrained import Grammar
 from t3d.decoding.flight import Block, Segment
 from t3d.decoding.logprobs import Logprobs, logprobs
 from t3d.decoding.policy import step_quotas
@@ -35,6 +37,7 @@ class Request:
     negative_ids: tuple[int, ...] | None = None  # guidance's other prompt; default: the prompt with every token masked
     anchored: bool = False  # blocks are counted from the response's first token; see `t3d.blocks.origin`
     full: bool = False  # every token sees every other, masks through `max_tokens` included
+    grammar: Grammar | None = None  # what its response keeps to
     logprobs: int | None = None  # how many alternatives to note beside each token's; None: note nothing
 
     @cached_property
@@ -164,7 +167,8 @@ class Sequence:
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
         self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # steps, if watched, not yet told
-        self.turns = self.request.config.flying.run(self)
+        run = constrained.run if self.request.grammar else self.request.config.flying.run
+        self.turns = run(self)
         self.asked: list[Segment] = next(self.turns)
         self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
 

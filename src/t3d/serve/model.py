@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from jinja2 import TemplateError
 
 from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.constrained import Grammar, check, grammar_tokenizer
 from t3d.engine.intake import make_requests, resolve
 from t3d.engine.request import Request
 from t3d.engine.session import check_fits
@@ -29,6 +31,11 @@ class Served:
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
         self.tokens = Tokens(self.tokenizer)
+
+    @cached_property
+    def grammar_tokenizer(self):
+        """Raises T3DError."""
+        return grammar_tokenizer(self.tokenizer, self.model.config.vocab_size)
 
     def chat(self, body: ChatBody) -> list[Request]:
         """Raises ApiError."""
@@ -110,6 +117,10 @@ class Served:
             if config.negative_prompt is not None:
                 config = replace(config, negative_prompt=render(config.negative_prompt))
             requests = make_requests(encoded, config, None, None, self.model, self.tokenizer, body.alternatives)
+            if body.json_schema is not None:
+                check(requests[0].config)
+                grammar = Grammar.of_schema(body.json_schema, self.grammar_tokenizer)
+                requests = [replace(request, grammar=grammar) for request in requests]
             for request in requests:  # a flight may need more than the text itself
                 check_fits(request, *self.worker.size)
             return requests

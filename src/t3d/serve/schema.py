@@ -31,7 +31,6 @@ UNSUPPORTED: dict[str, tuple] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -62,6 +61,26 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    value: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = Field(None, description="without effect: the schema is always kept to")
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 def _owned(f: Field_) -> tuple:
     """The field for a setting of a policy or flight, within its bounds."""
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
@@ -90,13 +109,18 @@ class Decoding(Owned):
     stop: Text | list[Text] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stream: bool | None = None
+    response_format: TextFormat | ObjectFormat | SchemaFormat | None = Field(
+        None, description="JSON, of a schema or any object", discriminator="type"
+    )
     stream_options: StreamOptions | None = None
 
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(None, description="0 is off")
     block_size: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
-    strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(POLICIES))
-    flight: str | None = Field(None, description="what a forward computes: " + ", ".join(FLIGHTS))
+    strategy: str | None = Field(None, description="unmasking strategy", json_schema_extra={"enum": [*POLICIES, None]})
+    flight: str | None = Field(
+        None, description="what a forward computes", json_schema_extra={"enum": [*FLIGHTS, None]}
+    )
     schedule: Literal[tuple(SCHEDULES)] | None = Field(None, description="how tokens are spread over the steps")
     window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -142,6 +166,14 @@ class Decoding(Owned):
         if self.stream_steps and not self.stream:
             refuse("stream_steps", "stream_steps is only for stream = true")
         return self
+
+    @property
+    def json_schema(self) -> dict | None:
+        """What the answer keeps to, if that is wanted."""
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None
+        return {"type": "object"} if asked.type == "json_object" else asked.json_schema.value
 
     def decoding(self, default: DecodingConfig, max_tokens: int) -> DecodingConfig:
         """The settings, unset ones from `default`. Without a seed, one is drawn. Raises T3DError as the settings do."""
