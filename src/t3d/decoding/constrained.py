@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from t3d.engine.request import Sequence
 
 POLICIES = ("low_confidence_static", "low_confidence_dynamic")  # whose rule says how many a step commits
+# Nothing that a schema asks for is passed over. Between tokens of JSON there is a space at most, or a new line and its
+# indentation: without a bound, a model in doubt writes white space until its tokens are used up.
+_OPTIONS = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,24}"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Grammar:
         from llguidance import LLMatcher
 
         try:
-            text = LLMatcher.grammar_from_json_schema(schema)
+            text = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
             wrong, said = LLMatcher.validate_grammar_with_warnings(text, tokenizer)
         except ValueError as error:
             wrong, said = True, [str(error)]
