@@ -98,6 +98,7 @@ def decode(engine, prompts, configs, grammars, logprobs=None):
         [
             {"steps": 1},
             {"steps": 3},
+            {"strategy": "prefix", "threshold": 0.5},
             {"strategy": "low_confidence_dynamic", "threshold": 0.1},
             {"strategy": "low_confidence_dynamic", "threshold": 0.9, "floor": "schedule", "steps": 4},
         ]
@@ -166,7 +167,10 @@ def test_the_first_token_is_the_likeliest_that_the_grammar_takes(engine, tokens)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"strategy": "entropy"}, "works with strategy low_confidence_static or low_confidence_dynamic, not 'entropy'"),
+        (
+            {"strategy": "entropy"},
+            "works with strategy low_confidence_static, sequential, low_confidence_dynamic, prefix, not 'entropy'",
+        ),
         ({"blocks_in_flight": 2}, "blocks_in_flight"),
         ({"flight": "look_ahead"}, "flight"),
         ({"window": 2}, "window"),

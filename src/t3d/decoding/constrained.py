@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from t3d.engine.request import Sequence
 
-POLICIES = ("low_confidence_static", "low_confidence_dynamic")  # whose rule says how many a step commits
+# policies whose rule, from left to right, says how many a step commits; the second of each is that rule
+BY_COUNT, BY_THRESHOLD = ("low_confidence_static", "sequential"), ("low_confidence_dynamic", "prefix")
 # Nothing that a schema asks for is passed over. Between tokens of JSON there is a space at most, or a new line and its
 # indentation: without a bound, a model in doubt writes white space until its tokens are used up.
 _OPTIONS = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,24}"}
@@ -63,8 +64,9 @@ def grammar_tokenizer(tokenizer, vocabulary: int):
 
 def check(config) -> None:
     """Raises T3DError for settings that a grammar does not work with. config: a resolved `DecodingConfig`."""
-    if config.strategy not in POLICIES:
-        raise T3DError(f"response_format works with strategy {' or '.join(POLICIES)}, not {config.strategy!r}")
+    if config.strategy not in BY_COUNT + BY_THRESHOLD:
+        able = ", ".join(BY_COUNT + BY_THRESHOLD)
+        raise T3DError(f"response_format works with strategy {able}, not {config.strategy!r}")
     if config.flight != "multi_block" or config.blocks_in_flight > 1:
         raise T3DError("response_format works with one block after the other; leave flight and blocks_in_flight out")
     if config.window is not None:
@@ -116,8 +118,9 @@ class _Walk:
         """Commit the first of the places, and further ones by the strategy's rule. places: int64 (n,), the block's
         masks; logits: float32 (n, vocab)."""
         config = self.config
-        by_count = config.strategy == "low_confidence_static"
-        fewest = max(1, block.quota()) if by_count or config.floor == "schedule" else 1
+        by_count = config.strategy in BY_COUNT
+        scheduled = by_count or (config.strategy == "low_confidence_dynamic" and config.floor == "schedule")
+        fewest = max(1, block.quota()) if scheduled else 1
         tokens, confidence = [], []
         for place, values in zip(places, logits, strict=True):
             if by_count and len(tokens) == fewest:
