@@ -59,6 +59,7 @@ def test_any_object(client):
         ({"type": "foo"}, {}, "the JSON schema cannot be kept to: Invalid type: foo"),
         ({}, {"strategy": "entropy"}, "works with strategy"),
         ({}, {"ignore_eos": True}, "stop token"),
+        ({}, {"stop_ids": [70]}, "leave stop_ids out"),
     ],
 )
 def test_what_cannot_be_is_said(client, schema, extra, said):

@@ -163,6 +163,8 @@ class Decoding(Owned):
             refuse("stop", "at most 16 stop strings")
         if self.stream_options is not None and not self.stream:
             refuse("stream_options", "stream_options is only for stream = true")
+        if self.json_schema is not None and self.stop_ids is not None:
+            refuse("stop_ids", "response_format ends an answer with the model's own stop token; leave stop_ids out")
         if self.stream_steps and not self.stream:
             refuse("stream_steps", "stream_steps is only for stream = true")
         return self
