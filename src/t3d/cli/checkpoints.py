@@ -260,6 +260,10 @@ def serve_command(
     max_body: Annotated[int, typer.Option(help="largest size of a request in bytes")] = 1 << 20,
     timeout: Annotated[float, typer.Option(help="longest time for one request in seconds")] = 600.0,
     body_timeout: Annotated[float, typer.Option(help="longest time for a request to arrive in seconds")] = 30.0,
+    weight_updates: Annotated[
+        bool,
+        typer.Option(help="read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk"),
+    ] = False,
     grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
@@ -290,6 +294,7 @@ def serve_command(
         timeout=timeout,
         body_timeout=body_timeout,
         grace=grace,
+        weight_updates=weight_updates,
         decoding=settings,
     )
     engine = {"max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens, "prefix_cache": prefix_cache}

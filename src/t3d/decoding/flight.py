@@ -17,6 +17,7 @@ from t3d.blocks import Rule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from t3d.decoding.logprobs import Logprobs
     from t3d.engine.decide import Logits
     from t3d.engine.request import Sequence
 
@@ -36,6 +37,7 @@ class Block:
     step: int = 0  # steps so far that changed something
     changed: bool = True  # whether the last decision did
     memory: "dict[str, Tensor]" = field(default_factory=dict)  # the policy's
+    logprobs: "Logprobs | None" = None  # if asked for; a copy shares them, and what it decides is not noted
 
     @property
     def end(self) -> int:

@@ -105,9 +105,8 @@ def settle(sequence: "Sequence", block: Block, draft: Draft, logits: Tensor) -> 
     accepted, chosen, confidence = torch.stack([accepted.double(), chosen.double(), confidence.double()]).cpu().numpy()
     _check(sequence, block, draft.places, confidence)
     count = len(accepted) if accepted.all() else int(accepted.argmin()) + 1
-    sequence.commit_at(
-        block, draft.places[:count], chosen[:count].astype(np.int64), confidence[:count].astype(np.float32)
-    )
+    chosen, confidence = chosen[:count].astype(np.int64), confidence[:count].astype(np.float32)
+    sequence.commit_at(block, draft.places[:count], chosen, confidence, logits[:count])
 
 
 def _numbers(sequence: "Sequence", block: Block, places: np.ndarray, stream: int) -> Tensor:

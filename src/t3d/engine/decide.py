@@ -6,6 +6,7 @@ from torch import Tensor
 
 from t3d.decoding.flight import Row
 from t3d.decoding.laws import lawful
+from t3d.decoding.logprobs import logprobs
 from t3d.decoding.policy import ENTROPY, FILLED, MARGIN, SHADOW, STOP, UNIFORM, Knobs, Policy, View
 from t3d.decoding.sampling import sample, uniform
 from t3d.engine.attention import to_device
@@ -38,6 +39,7 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Seque
     batch = _Batch(rows, logits)
     view = batch.view()
     failed = {id(sequence) for sequence, _ in batch.failures}
+    asking = [(row, row.block.tokens.copy()) for s, row in rows if s.request.logprobs is not None and not row.draft]
     groups: dict[type[Policy], list[int]] = {}
     for number, (sequence, _) in enumerate(rows):
         groups.setdefault(type(sequence.policy), []).append(number)
@@ -57,7 +59,24 @@ def decide(rows: list[tuple[Sequence, Row]], logits: Logits) -> list[tuple[Seque
         for place, number in enumerate(mine):
             if id(rows[number][0]) not in failed:
                 _apply(*rows[number], place, **arrays)
+    if asking:
+        _note(asking, logits)
     return batch.failures
+
+
+def _note(asking: list[tuple[Row, np.ndarray]], logits: Logits) -> None:
+    """The log-probabilities of what was committed, with each row its block's tokens before. Those of the forward, not
+    what a policy or the sampling made of them."""
+    places = [((r.block.tokens != before) & ~r.block.masked()).nonzero()[0] for r, before in asking]
+    index = np.concatenate([row.logits[mine] for (row, _), mine in zip(asking, places, strict=True)])
+    if not len(index):
+        return
+    tokens = np.concatenate([row.block.tokens[mine] for (row, _), mine in zip(asking, places, strict=True)])
+    top = max(row.block.logprobs.ids.shape[1] for row, _ in asking)
+    found, first = logprobs(logits.rows(index), tokens, top), 0
+    for (row, _), mine in zip(asking, places, strict=True):
+        row.block.logprobs[mine] = found[first : first + len(mine)]
+        first += len(mine)
 
 
 class _Batch:

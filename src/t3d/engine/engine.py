@@ -85,6 +85,7 @@ class Engine:
         *,
         seeds: list[int] | None = None,
         names: list[str] | None = None,
+        logprobs: int | None = None,
         progress: bool = False,
     ) -> list[Trajectory]:
         """Decode every prompt; trajectories in the order of the prompts (`config.n` consecutive ones each).
@@ -96,6 +97,8 @@ class Engine:
             config: settings of all prompts, or one for each.
             seeds: one per prompt; by default they come from `config.seed` and the prompt's index.
             names: what messages call the prompts; by default their indices.
+            logprobs: note each token's log-probability when it was committed, and this many alternatives'
+                (`Trajectory.logprobs`); None: nothing.
             progress: show a bar.
 
         Raises:
@@ -103,7 +106,7 @@ class Engine:
                 when logits are NaN.
         """
         results: dict[tuple[int, int], Trajectory] = {}
-        for event in self.stream(prompts, config, seeds=seeds, names=names, progress=progress):
+        for event in self.stream(prompts, config, seeds=seeds, names=names, logprobs=logprobs, progress=progress):
             if isinstance(event, FinishedEvent):
                 results[event.index, event.sample] = event.trajectory
         return [results[key] for key in sorted(results)]
@@ -115,6 +118,7 @@ class Engine:
         *,
         seeds: list[int] | None = None,
         names: list[str] | None = None,
+        logprobs: int | None = None,
         progress: bool = False,
     ) -> Iterator[Event]:
         """As `generate`, but yields each block as it is decided and each trajectory as it ends, in that order.
@@ -122,7 +126,7 @@ class Engine:
         The prompts are checked at the call, the work is done while iterating. What a caller has stored when it is
         interrupted is whole trajectories; the rest was never handed out.
         """
-        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer)
+        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer, logprobs)
         self.cache_size(requests)
         return self._run(requests, progress)
 

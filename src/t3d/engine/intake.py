@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.logprobs import MOST
 from t3d.decoding.policy import SHADOW
 from t3d.decoding.sampling import derive_seed
 from t3d.engine.request import Request
@@ -11,7 +12,7 @@ from t3d.errors import PromptError, T3DError, characters
 from t3d.models import stop_ids
 
 
-def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Request]:
+def make_requests(prompts, configs, seeds, names, model, tokenizer, logprobs: int | None = None) -> list[Request]:
     """One request per prompt and sample, in order. See `Engine.generate` for what the arguments may be."""
     if isinstance(prompts, str):
         raise T3DError("prompts is one string; give a list of prompts")
@@ -23,6 +24,9 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
         raise T3DError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one per prompt")
     if names is not None and len(names) != len(prompts):
         raise T3DError(f"{len(prompts)} prompts but {len(names)} names; give one per prompt")
+    most = min(MOST, model.config.vocab_size - 1)
+    if logprobs is not None and not 0 <= logprobs <= most:
+        raise T3DError(f"logprobs must lie in 0..{most}, got {logprobs}")
     resolved: dict[DecodingConfig, DecodingConfig] = {}
     requests = []
     for index, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
@@ -38,7 +42,8 @@ def make_requests(prompts, configs, seeds, names, model, tokenizer) -> list[Requ
             else:
                 seed = seeds[index] if sample == 0 else derive_seed(seeds[index], sample)
             name = None if names is None else names[index]
-            requests.append(Request(index, sample, ids, settings, seed, name, negative, **geometry(model.config)))
+            about = (index, sample, ids, settings, seed, name, negative)
+            requests.append(Request(*about, **geometry(model.config), logprobs=logprobs))
         _check(requests[-1], model.config)
     return requests
 

@@ -115,10 +115,11 @@ class RayEngine:
         *,
         seeds: list[int] | None = None,
         names: list[str] | None = None,
+        logprobs: int | None = None,
         progress: bool = False,
     ) -> Iterator[FinishedEvent]:
         """As `Engine.stream`, without the blocks: a sequence may be decoded again when its worker dies."""
-        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer)
+        requests = make_requests(prompts, config, seeds, names, self.model, self.tokenizer, logprobs)
         self.local.cache_size(requests)
         return self._run(requests, progress)
 

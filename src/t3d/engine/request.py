@@ -8,13 +8,18 @@ import numpy as np
 
 from t3d import blocks
 from t3d.blocks import block_start, whole_blocks
+from t3d.decoding import constrained
 from t3d.decoding.config import DecodingConfig
+from t3d.decoding.constrained import Grammar
 from t3d.decoding.flight import Block, Segment
+from t3d.decoding.logprobs import Logprobs, logprobs
 from t3d.decoding.policy import step_quotas
 from t3d.errors import T3DError
 from t3d.trajectories.record import NFE, Trajectory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from t3d.engine.guidance import Companion
     from t3d.engine.query import Query
 
@@ -32,6 +37,8 @@ class Request:
     negative_ids: tuple[int, ...] | None = None  # guidance's other prompt; default: the prompt with every token masked
     anchored: bool = False  # blocks are counted from the response's first token; see `t3d.blocks.origin`
     full: bool = False  # every token sees every other, masks through `max_tokens` included
+    grammar: Grammar | None = None  # what its response keeps to
+    logprobs: int | None = None  # how many alternatives to note beside each token's; None: note nothing
 
     @cached_property
     def origin(self) -> int:
@@ -154,11 +161,14 @@ class Sequence:
         self.step_map = np.zeros(size, dtype=np.int64)
         self.confidence = np.zeros(size, dtype=np.float32)
         self.revisions = np.zeros(size, dtype=np.int64)
+        top = self.request.logprobs
+        self.logprobs = None if top is None else Logprobs.empty(size, top)
         self.at = self.request.first_block
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
         self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # steps, if watched, not yet told
-        self.turns = self.request.config.flying.run(self)
+        run = constrained.run if self.request.grammar else self.request.config.flying.run
+        self.turns = run(self)
         self.asked: list[Segment] = next(self.turns)
         self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
 
@@ -197,6 +207,8 @@ class Sequence:
         steps, revisions, unsure = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.float32)
         block = Block(start, self.mask_id, tokens, fixed, steps, unsure, revisions, quotas)
         block.skip()
+        if self.request.logprobs is not None:
+            block.logprobs = Logprobs.empty(size, self.request.logprobs)
         return block
 
     def canvas(self, segment: Segment) -> Segment:
@@ -218,10 +230,14 @@ class Sequence:
         masked[first + width :] = False
         return masked
 
-    def commit_at(self, block: Block, places: np.ndarray, tokens: np.ndarray, confidence: np.ndarray) -> None:
+    def commit_at(
+        self, block: Block, places: np.ndarray, tokens: np.ndarray, confidence: np.ndarray, logits: "Tensor"
+    ) -> None:
         """A step of a flight that decides for itself. places: int64 (n,), masks of the block, n >= 1; tokens: int64
-        (n,), never the mask's id; confidence: float32 (n,)."""
+        (n,), never the mask's id; confidence: float32 (n,); logits: float32 (n, vocab), by which it decided."""
         block.tokens[places], block.confidence[places] = tokens, confidence
+        if block.logprobs is not None:
+            block.logprobs[places] = logprobs(logits, tokens, self.request.logprobs)
         self.record(block, places)
 
     def record(self, block: Block, places: np.ndarray, draft: bool = False) -> None:
@@ -250,6 +266,8 @@ class Sequence:
         mine = slice(block.start, block.end)
         self.tokens[mine], self.step_map[mine] = block.tokens, block.step_map
         self.confidence[mine], self.revisions[mine] = block.confidence, block.revisions
+        if self.logprobs is not None:
+            self.logprobs[mine] = block.logprobs
         self.at = block.end
         self.finished.append(block)
 
@@ -301,6 +319,7 @@ class Sequence:
             step_map=self.step_map[first:last].tolist(),
             confidence=self.confidence[first:last].tolist(),
             revisions=revisions.tolist() if revisions.any() else None,
+            logprobs=None if self.logprobs is None else self.logprobs[first:last],
             length=length,
             finish_reason=finish_reason,
             nfe=NFE(self.prefill, self.denoise, self.commit, self.verify),

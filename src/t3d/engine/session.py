@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from t3d.decoding.flight import Row
+from t3d.decoding.logprobs import Logprobs
 from t3d.engine.decide import Logits, decide
 from t3d.engine.guidance import Companion, guide
 from t3d.engine.kv_cache import KVCache, cache_shape
@@ -23,6 +24,7 @@ class BlockEvent:
     sample: int
     token_ids: list[int]
     step_map: list[int]
+    logprobs: Logprobs | None = None  # if asked for
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ class Session:
         for block in blocks:
             first = max(block.start, prompt)
             tokens, steps = (x[first : block.end].tolist() for x in (sequence.tokens, sequence.step_map))
-            events.append(BlockEvent(request.index, request.sample, tokens, steps))
+            noted = None if sequence.logprobs is None else sequence.logprobs[first : block.end]
+            events.append(BlockEvent(request.index, request.sample, tokens, steps, noted))
             end = sequence.end(first, block.end, self.tokenizer)
             if end is None:
                 continue

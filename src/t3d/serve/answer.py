@@ -7,37 +7,60 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 
+from t3d.decoding.logprobs import Logprobs
 from t3d.engine.request import Request
 from t3d.engine.session import Event, FailedEvent, FinishedEvent, StepEvent
 from t3d.serve.errors import ApiError
-from t3d.serve.schema import Decoding
+from t3d.serve.logprobs import Tokens, Told, joined
+from t3d.serve.model import Served
+from t3d.serve.schema import ChatBody, CompletionBody
 from t3d.serve.text import TextStream
 from t3d.serve.worker import Job
 from t3d.trajectories.pieces import Pieces
 from t3d.trajectories.record import Trajectory
 
 
-class Choice:
-    """One answer while it grows."""
+@dataclass(frozen=True)
+class New:
+    """What has come: text, the ids that brought it, their steps and, if asked for, OpenAI's `logprobs` of them."""
 
-    def __init__(self, number: int, request: Request, tokenizer):
+    text: str
+    ids: list[int]
+    steps: list[int]
+    logprobs: dict | None
+
+
+class Choice:
+    """One answer while it grows. echo: the prompt, if it is given back. told: writes log-probabilities, if asked."""
+
+    def __init__(self, number: int, request: Request, tokenizer, echo: str | None, told: Told | None):
         self.number, self.request, self.tokenizer = number, request, tokenizer
-        self.text = TextStream(tokenizer, request.config.stop)
+        self.text, self.echo, self.told = TextStream(tokenizer, request.config.stop), echo, told
         self.trajectory: Trajectory | None = None
         self.start = time.perf_counter()
         self._taken = 0
 
-    def take(self, event: Event) -> tuple[str, list[int], list[int]]:
-        """(new text, the ids that brought it, their steps) of a block, or of the end."""
+    def given(self) -> New:
+        """What is there before anything is decoded: the prompt, or nothing."""
+        if self.echo is None:
+            return New("", [], [], None)
+        return New(self.echo, [], [], self.told and self.told.prompt(self.request.prompt_ids))
+
+    def take(self, event: Event) -> New:
+        """What a block has brought, or the end."""
         first = self._taken
         if not isinstance(event, FinishedEvent):
             self._taken += len(event.token_ids)
-            return self.text.push(event.token_ids), event.token_ids, event.step_map
+            return self._new(self.text.push(event.token_ids), event.token_ids, event.step_map, event.logprobs)
         t = self.trajectory = event.trajectory
         self.cached = event.cached
         self.seconds = time.perf_counter() - self.start
-        ids = t.response_ids[first : t.length]
-        return self.text.push(ids) + self.text.finish(), ids, t.step_map[first : t.length]
+        rest = slice(first, t.length)
+        text = self.text.push(t.response_ids[rest]) + self.text.finish()
+        return self._new(text, t.response_ids[rest], t.step_map[rest], t.logprobs and t.logprobs[rest])
+
+    def _new(self, text: str, ids: list[int], steps: list[int], noted: Logprobs | None) -> New:
+        return New(text, ids, steps, self.told.answer(ids, noted) if self.told and ids else None)
 
     @property
     def finish_reason(self) -> str:
@@ -88,13 +111,24 @@ COMPLETION = Form("cmpl-", "text_completion", "text_completion", chat=False)
 class Answer:
     """All choices of one request."""
 
-    def __init__(self, form: Form, body: Decoding, name: str, job: Job, tokenizer, seconds: float, clock: Callable):
-        self.form, self.body, self.job, self.tokenizer = form, body, job, tokenizer
+    def __init__(
+        self, form: Form, body: ChatBody | CompletionBody, served: Served, job: Job, seconds: float, clock: Callable
+    ):
+        self.form, self.body, self.job, self.tokenizer = form, body, job, served.tokenizer
         self.deadline, self.seconds, self.clock = time.monotonic() + seconds, seconds, clock
         self.choices = {
-            (r.index, r.sample): Choice(number, r, tokenizer) for number, r in enumerate(job.requests)
+            (r.index, r.sample): self._choice(number, r, served.tokens) for number, r in enumerate(job.requests)
         }  # in the order of prompts, then samples
-        self.head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
+        self.head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": served.name}
+
+    def _choice(self, number: int, request: Request, tokens: Tokens) -> Choice:
+        echo, told = None, None
+        if self.body.echo:
+            echo = self.body.prompts()[number // request.config.n]
+            echo = echo if isinstance(echo, str) else self.tokenizer.decode(echo)
+        if self.body.alternatives is not None:
+            told = Told(tokens, self.form.chat, self.body.alternatives)
+        return Choice(number, request, self.tokenizer, echo, told)
 
     def usage(self) -> dict:
         prompts = {r.index: len(r.prompt_ids) for r in self.job.requests}
@@ -133,13 +167,14 @@ class Answer:
                 yield self.choices[event.index, event.sample], event
 
     async def whole(self) -> dict:
-        texts = dict.fromkeys(self.choices.values(), "")
+        news = {choice: [choice.given()] for choice in self.choices.values()}
         async for choice, event in self._events():
-            texts[choice] += choice.take(event)[0]
+            news[choice].append(choice.take(event))
         choices = []
-        for choice, text in texts.items():
-            one = {"index": choice.number, "finish_reason": choice.finish_reason, "logprobs": None}
-            one |= self.form.choice(text)
+        for choice, parts in news.items():
+            logprobs = joined([part.logprobs for part in parts if part.logprobs])
+            one = {"index": choice.number, "finish_reason": choice.finish_reason, "logprobs": logprobs}
+            one |= self.form.choice("".join(part.text for part in parts))
             if self.body.return_details:
                 one["t3d"] = choice.details()
             choices.append(one)
@@ -149,8 +184,14 @@ class Answer:
         """Server-sent events: a chunk per block that brought text; an error is the last chunk."""
         include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
 
-        def chunk(choice: Choice, delta: dict, finish: str | None = None, t3d: dict | None = None) -> bytes:
-            one = {"index": choice.number, "finish_reason": finish, "logprobs": None} | delta
+        def chunk(
+            choice: Choice,
+            delta: dict,
+            finish: str | None = None,
+            t3d: dict | None = None,
+            logprobs: dict | None = None,
+        ) -> bytes:
+            one = {"index": choice.number, "finish_reason": finish, "logprobs": logprobs} | delta
             one |= {} if t3d is None else {"t3d": t3d}
             return sse(
                 self.head | {"object": self.form.piece, "choices": [one]} | ({"usage": None} if include_usage else {})
@@ -167,16 +208,18 @@ class Answer:
                     "prompt_tokens": len(choice.request.prompt_ids),
                     "tail": choice.request.start % config.block_size,  # of them, those in the answer's first block
                 }
-                if self.form.chat or details:
-                    yield chunk(choice, self.form.delta("", role=True), t3d=about if details else None)
+                given = choice.given()
+                if self.form.chat or details or given.text:
+                    delta = self.form.delta(given.text, role=True)
+                    yield chunk(choice, delta, t3d=about if details else None, logprobs=given.logprobs)
             async for choice, event in self._events():
                 if isinstance(event, StepEvent):
                     yield chunk(choice, self.form.delta(None), t3d=self._step(event, choice, pieces))
                     continue
-                text, ids, steps = choice.take(event)
-                if text or (details and ids):
-                    brought = {"token_ids": ids, "step_map": steps} if details else None
-                    yield chunk(choice, self.form.delta(text), t3d=brought)
+                new = choice.take(event)
+                if new.text or new.logprobs or (details and new.ids):
+                    brought = {"token_ids": new.ids, "step_map": new.steps} if details else None
+                    yield chunk(choice, self.form.delta(new.text), t3d=brought, logprobs=new.logprobs)
                 if choice.trajectory is not None:
                     last = choice.details() if details else None
                     yield chunk(choice, self.form.delta(None), choice.finish_reason, last)

@@ -5,15 +5,16 @@ import base64
 import hashlib
 import math
 import re
+import signal
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from importlib.resources import files
 
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from t3d import __version__
@@ -21,13 +22,15 @@ from t3d.decoding.config import OWNED
 from t3d.decoding.flight import FLIGHTS
 from t3d.decoding.policy import POLICIES, Policy
 from t3d.errors import T3DError
+from t3d.serve import replies
 from t3d.serve.answer import CHAT, COMPLETION, Answer, Form
 from t3d.serve.config import ServeConfig
 from t3d.serve.errors import ApiError
 from t3d.serve.guard import Guard
 from t3d.serve.metrics import Metrics
 from t3d.serve.model import Served
-from t3d.serve.schema import ChatBody, CompletionBody, Decoding, explain
+from t3d.serve.schema import ChatBody, CompletionBody, Decoding, DetokenizeBody, TokenizeBody, UpdateBody, explain
+from t3d.serve.update import update
 
 
 def create_app(models: list[Served], config: ServeConfig) -> Guard:
@@ -39,16 +42,32 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     page, policy = _page()
     started = int(time.time())
 
+    updates: set[asyncio.Task] = set()  # tasks that nobody else holds
+
+    def hang_up() -> None:
+        task = asyncio.ensure_future(read_again())
+        updates.add(task)
+        task.add_done_callback(updates.discard)
+
+    async def read_again() -> None:
+        for served in models:
+            with suppress(T3DError):  # the log has it
+                await update(served, served.path, config.decoding)
+
     @asynccontextmanager
     async def lifespan(_):
         for served in models:
             served.worker.start(asyncio.get_running_loop())
+        if config.weight_updates:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
         yield
         for served in models:
             await asyncio.to_thread(served.worker.close)
 
     # the interactive documentation would load its scripts from elsewhere
-    app = FastAPI(title="t3d", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="t3d", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=replies.ERRORS
+    )
 
     def find(name: str | None) -> Served:
         if name is None:
@@ -76,7 +95,7 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
         clock = metrics.clock(served.name)
         requests = await asyncio.to_thread(served.chat if form.chat else served.complete, body)
         job = served.worker.submit(requests, watch=bool(body.stream_steps))
-        answer = Answer(form, body, served.name, job, served.tokenizer, config.timeout, clock)
+        answer = Answer(form, body, served, job, config.timeout, clock)
         if body.stream:
             return EventStream(answer)
         try:
@@ -85,22 +104,45 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
             job.cancel()
         return Response(status_code=499) if whole is None else JSONResponse(whole)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=replies.ChatReply, responses={200: {"content": replies.STREAM}})
     async def chat(body: ChatBody, request: Request):
         """Answer a conversation, as OpenAI's endpoint of this name; `stream` gives server-sent events."""
         return await respond(CHAT, body, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=replies.CompletionReply, responses={200: {"content": replies.STREAM}})
     async def completions(body: CompletionBody, request: Request):
         """Continue one or several prompts, as OpenAI's endpoint of this name."""
         return await respond(COMPLETION, body, request)
 
-    @app.get("/v1/models")
+    @app.post("/tokenize", response_model=replies.TokenizeReply)
+    async def tokenize(body: TokenizeBody):
+        """The tokens of a text, or of a conversation through the model's chat template."""
+        return await asyncio.to_thread(find(body.model).tokenize, body)
+
+    @app.post("/detokenize", response_model=replies.DetokenizeReply)
+    async def detokenize(body: DetokenizeBody):
+        """The text of tokens."""
+        return await asyncio.to_thread(find(body.model).detokenize, body)
+
+    if config.weight_updates:
+
+        @app.post("/update_weights_from_disk", response_model=replies.UpdateReply)
+        async def update_weights(body: UpdateBody):
+            """Serve another checkpoint of the same architecture; answers when its weights are in use."""
+            served = find(body.model)
+            try:
+                waited = await update(served, body.model_path, config.decoding)
+            except T3DError as error:
+                raise ApiError(400, str(error), param="model_path", code="weights_refused") from error
+            said = f"{served.name} has the weights of {body.model_path}"
+            return {"success": True, "message": said, "num_paused_requests": waited}
+
+    @app.get("/v1/models", response_model=replies.Cards)
     async def list_models():
         """The models served; `t3d` has their defaults."""
         return {"object": "list", "data": [card(served) for served in models]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=replies.Card)
     async def one_model(name: str):
         return card(find(name))
 
@@ -114,7 +156,7 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
             settings.append(one | ({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
         return {"description": owner.__doc__.split("\n")[0], "settings": settings}
 
-    @app.get("/v1/strategies")
+    @app.get("/v1/strategies", response_model=replies.Strategies, response_model_exclude_unset=True)
     async def strategies():
         """Unmasking strategies, each with the setting that trades its speed for quality."""
 
@@ -124,23 +166,23 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
 
         return {"object": "list", "data": [{"id": name, "knob": knob(p)} | about(p) for name, p in POLICIES.items()]}
 
-    @app.get("/v1/flights")
+    @app.get("/v1/flights", response_model=replies.Flights, response_model_exclude_unset=True)
     async def flights():
         """What a forward can compute: one block after the other, several in flight, look-ahead, self-speculation."""
         return {"object": "list", "data": [{"id": name} | about(flight) for name, flight in FLIGHTS.items()]}
 
-    @app.get("/health")
+    @app.get("/health", response_model=replies.Health, responses={503: {"model": replies.Health}})
     async def health():
         broken = {served.name: served.worker.broken for served in models if served.worker.broken}
         return JSONResponse(
             {"status": "failing", "models": broken} if broken else {"status": "ok"}, 503 if broken else 200
         )
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def read_metrics():
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def playground():
         return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 
 def _help(text: str, **kwargs):
     return field(metadata={"help": text}, **kwargs)
@@ -25,6 +27,9 @@ class ServeConfig:
     timeout: float = _help("seconds for one request, from its body's arrival to the end of its answer", default=600.0)
     body_timeout: float = _help("seconds for a request's head to arrive, and for its body", default=30.0)
     grace: float = _help("seconds that answers in progress get when the server is stopped", default=30.0)
+    weight_updates: bool = _help(
+        "read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk", default=False
+    )
     decoding: dict = _help(
         "fields of DecodingConfig where a request does not say; others as the checkpoint recommends",
         default_factory=dict,
@@ -42,6 +47,10 @@ class ServeConfig:
                 raise T3DError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise T3DError("the API key must be one line of printable ASCII characters, and not empty")
+        if self.weight_updates and self.api_key is None and self.host not in LOOPBACK:
+            raise T3DError(
+                f"--weight-updates at {self.host} would let anyone choose what is served; set an API key (T3D_API_KEY)"
+            )
 
 
 def read_key(file: Path | None) -> str | None:

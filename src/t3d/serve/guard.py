@@ -6,12 +6,11 @@ import uuid
 
 import anyio
 
-from t3d.serve.config import ServeConfig
+from t3d.serve.config import LOOPBACK, ServeConfig
 from t3d.serve.errors import ApiError
 from t3d.serve.metrics import Metrics
 
 OPEN = ("/", "/health")  # need no key: nothing secret in them
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DRAIN = 64 << 20  # bytes of a body that is too large which are read, so that the client comes to read the answer
 
 

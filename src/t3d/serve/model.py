@@ -1,41 +1,58 @@
 """A checkpoint that is served: what a client asks for becomes requests for its worker."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from jinja2 import TemplateError
 
 from t3d.blocks import geometry
 from t3d.decoding.config import DecodingConfig
-from t3d.engine.intake import make_requests
+from t3d.decoding.constrained import Grammar, check, grammar_tokenizer
+from t3d.engine.intake import make_requests, resolve
 from t3d.engine.request import Request
 from t3d.engine.session import check_fits
 from t3d.errors import T3DError
+from t3d.models.recommended import recommended
 from t3d.serve.errors import ApiError
-from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding
+from t3d.serve.logprobs import Tokens
+from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding, DetokenizeBody, Message, TokenizeBody
 from t3d.serve.worker import Worker
 
 
 class Served:
     """A name, a worker and a tokenizer. The methods take time for long prompts, and may run in any thread."""
 
-    def __init__(self, worker: Worker, default: DecodingConfig):
-        self.worker, self.default, self.name = worker, default, worker.name
+    def __init__(self, worker: Worker, default: DecodingConfig, path: str = ""):
+        self.worker, self.default, self.name, self.path = worker, default, worker.name, path
+        self.updating = asyncio.Lock()
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
+        self.tokens = Tokens(self.tokenizer)
+
+    @cached_property
+    def grammar_tokenizer(self):
+        """Raises T3DError."""
+        return grammar_tokenizer(self.tokenizer, self.model.config.vocab_size)
 
     def chat(self, body: ChatBody) -> list[Request]:
         """Raises ApiError."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         return self._requests(
-            [self._rendered(body, None)], body, body.limit, "messages", lambda text: self._rendered(body, text)
+            [self._rendered(body.messages)],
+            body,
+            body.limit,
+            "messages",
+            lambda text: self._rendered(body.messages, text),
         )
 
-    def _rendered(self, body: ChatBody, last: str | None) -> str:
-        """The chat as text; with `last` in the place of what its last message of a user says. Raises ApiError."""
-        messages = [message.plain() for message in body.messages]
+    def _rendered(self, messages: list[Message], last: str | None = None, answer: bool = True) -> str:
+        """The chat as text; with `last` in the place of what its last message of a user says; `answer`: up to where
+        the answer begins. Raises ApiError."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
+        messages = [message.plain() for message in messages]
         if last is not None:
             users = [n for n, message in enumerate(messages) if message["role"] == "user"]
             if not users:
@@ -44,13 +61,29 @@ class Served:
                 )
             messages[users[-1]]["content"] = last
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template: {error}", param="messages") from error
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """Raises ApiError."""
         return self._requests(body.prompts(), body, body.limit, "prompt")
+
+    def tokenize(self, body: TokenizeBody) -> dict:
+        """Raises ApiError."""
+        text = body.prompt
+        if text is None:
+            text = self._rendered(body.messages, answer=body.add_generation_prompt)
+        ids = self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
+        names = self.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.worker.longest, "tokens": ids, "token_strs": names}
+
+    def detokenize(self, body: DetokenizeBody) -> dict:
+        """Raises ApiError."""
+        most = len(self.tokenizer) - 1
+        if body.tokens and max(body.tokens) > most:
+            raise ApiError(400, f"token ids of {self.name} lie in 0..{most}, got {max(body.tokens)}", param="tokens")
+        return {"prompt": self.tokenizer.decode(body.tokens)}
 
     def _requests(
         self, prompts: list, body: Decoding, limit: int | None, param: str, render: Callable[[str], str] = str
@@ -83,12 +116,26 @@ class Served:
             config = body.decoding(self.default, limit or room)
             if config.negative_prompt is not None:
                 config = replace(config, negative_prompt=render(config.negative_prompt))
-            requests = make_requests(encoded, config, None, None, self.model, self.tokenizer)
+            requests = make_requests(encoded, config, None, None, self.model, self.tokenizer, body.alternatives)
+            if body.json_schema is not None:
+                check(requests[0].config)
+                grammar = Grammar.of_schema(body.json_schema, self.grammar_tokenizer)
+                requests = [replace(request, grammar=grammar) for request in requests]
             for request in requests:  # a flight may need more than the text itself
                 check_fits(request, *self.worker.size)
             return requests
         except T3DError as error:
             raise ApiError(400, str(error)) from error
+
+
+def recommended_decoding(path: str, model, tokenizer, settings: dict) -> DecodingConfig:
+    """How to decode where a request does not say: `settings`, then what the checkpoint recommends. Raises T3DError."""
+    try:
+        default = DecodingConfig(**recommended(model) | settings)
+        resolve(default, model, tokenizer)  # says what does not fit this model
+    except (T3DError, TypeError) as error:
+        raise T3DError(f"{path}: {error}") from error
+    return default
 
 
 def name_of(argument: str, exists: Callable[[str], bool] = lambda path: Path(path).exists()) -> tuple[str, str]:

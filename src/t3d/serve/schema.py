@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from t3d.decoding.config import OWNED, DecodingConfig
 from t3d.decoding.flight import FLIGHTS
+from t3d.decoding.logprobs import MOST as MOST_LOGPROBS
 from t3d.decoding.policy import POLICIES, SCHEDULES
 from t3d.errors import nearest
 
@@ -21,37 +22,63 @@ IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key",
 UNSUPPORTED: dict[str, tuple] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
 MAX_BLOCK = 64  # a request's block size, where the model's own is not larger still
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unicode(cls, body: Any) -> Any:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
+        return body
+
 
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    value: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = Field(None, description="without effect: the schema is always kept to")
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
 
 
 def _owned(f: Field_) -> tuple:
@@ -67,6 +94,10 @@ MOST = 10**9
 Owned = create_model("Owned", __base__=Strict, **{name: _owned(f) for name, f in OWNED.items()})
 
 
+def refuse(name: str, message: str):
+    raise PydanticCustomError("invalid_value", message, {"name": name})
+
+
 class Decoding(Owned):
     """What both endpoints take. A field that is null or missing has the server's default."""
 
@@ -78,13 +109,18 @@ class Decoding(Owned):
     stop: Text | list[Text] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stream: bool | None = None
+    response_format: TextFormat | ObjectFormat | SchemaFormat | None = Field(
+        None, description="JSON, of a schema or any object", discriminator="type"
+    )
     stream_options: StreamOptions | None = None
 
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(None, description="0 is off")
     block_size: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
-    strategy: str | None = Field(None, description="unmasking strategy: " + ", ".join(POLICIES))
-    flight: str | None = Field(None, description="what a forward computes: " + ", ".join(FLIGHTS))
+    strategy: str | None = Field(None, description="unmasking strategy", json_schema_extra={"enum": [*POLICIES, None]})
+    flight: str | None = Field(
+        None, description="what a forward computes", json_schema_extra={"enum": [*FLIGHTS, None]}
+    )
     schedule: Literal[tuple(SCHEDULES)] | None = Field(None, description="how tokens are spread over the steps")
     window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -101,10 +137,6 @@ class Decoding(Owned):
         """Drop what asks for nothing; say clearly what is not there."""
         if not isinstance(body, dict):
             return body
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
         kept = {}
         for name, value in body.items():
             if name in cls.model_fields:
@@ -125,18 +157,25 @@ class Decoding(Owned):
 
     @model_validator(mode="after")
     def _together(self) -> "Decoding":
-        def refuse(name: str, message: str):
-            raise PydanticCustomError("invalid_value", message, {"name": name})
-
         if self.temperature is not None and 0 < self.temperature < 1e-4:
             refuse("temperature", "temperature is 0 (greedy) or at least 0.0001")
         if isinstance(self.stop, list) and len(self.stop) > 16:
             refuse("stop", "at most 16 stop strings")
         if self.stream_options is not None and not self.stream:
             refuse("stream_options", "stream_options is only for stream = true")
+        if self.json_schema is not None and self.stop_ids is not None:
+            refuse("stop_ids", "response_format ends an answer with the model's own stop token; leave stop_ids out")
         if self.stream_steps and not self.stream:
             refuse("stream_steps", "stream_steps is only for stream = true")
         return self
+
+    @property
+    def json_schema(self) -> dict | None:
+        """What the answer keeps to, if that is wanted."""
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None
+        return {"type": "object"} if asked.type == "json_object" else asked.json_schema.value
 
     def decoding(self, default: DecodingConfig, max_tokens: int) -> DecodingConfig:
         """The settings, unset ones from `default`. Without a seed, one is drawn. Raises T3DError as the settings do."""
@@ -171,24 +210,82 @@ class Message(BaseModel):
 class ChatBody(Decoding):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = Field(None, description="with logprobs: of so many likeliest tokens, too")
+
+    @model_validator(mode="after")
+    def _top(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            refuse("top_logprobs", "top_logprobs is only for logprobs = true")
+        return self
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the answer's; None: not even those."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def echo(self) -> None:
+        """A chat's prompt is not given back."""
+
 
 class CompletionBody(Decoding):
     prompt: str | list[str] | list[Id] | list[list[Id]]
+    echo: bool | None = Field(None, description="give the prompt back before the answer")
+    logprobs: Literal[False] | Alternatives | None = Field(None, description="of so many likeliest tokens, too")
 
     @property
     def limit(self) -> int:
         return self.max_tokens or 16  # OpenAI's default
+
+    @property
+    def alternatives(self) -> int | None:
+        """As of a chat."""
+        return None if self.logprobs is False else self.logprobs
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One item per prompt."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]
         return self.prompt
+
+
+class TokenizeBody(Strict):
+    """As vLLM's endpoint of this name takes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="a chat, instead")
+    add_generation_prompt: bool = Field(True, description="with messages: and the beginning of the answer")
+    add_special_tokens: bool = Field(False, description="those that the tokenizer puts around a text")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            refuse("prompt", "give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Strict):
+    """As vLLM's endpoint of this name takes it."""
+
+    model: str | None = None
+    tokens: Annotated[list[Id], Field(max_length=1 << 20)]
+
+
+class UpdateBody(Strict):
+    """As SGLang's endpoint of this name takes it."""
+
+    model: str | None = None
+    model_path: Annotated[str, Field(min_length=1)] = Field(
+        description="a checkpoint folder on the server's machine, or a hub id"
+    )
+    flush_cache: Literal[True] = Field(True, description="what the old weights computed is never used with the new")
 
 
 def _same(value: Any, other: Any) -> bool:

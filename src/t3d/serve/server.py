@@ -7,18 +7,14 @@ import socket
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from t3d.decoding.config import DecodingConfig
 from t3d.embedded import checkpoint
 from t3d.engine import Engine
-from t3d.engine.intake import resolve
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model
-from t3d.models.recommended import recommended
 from t3d.serve.app import create_app
-from t3d.serve.config import ServeConfig
-from t3d.serve.guard import LOOPBACK
-from t3d.serve.model import Served, name_of
+from t3d.serve.config import LOOPBACK, ServeConfig
+from t3d.serve.model import Served, name_of, recommended_decoding
 from t3d.serve.worker import open_worker
 
 
@@ -57,23 +53,13 @@ def load(
         model, tokenizer = load_model(checkpoint(path), dtype, device, quantize=quantize)
         if tokenizer is None:
             raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
-        loaded.append((name, model, tokenizer, _default(path, model, tokenizer, config.decoding)))
+        loaded.append((name, path, model, tokenizer, recommended_decoding(path, model, tokenizer, config.decoding)))
     served = []
-    for name, model, tokenizer, default in loaded:
+    for name, path, model, tokenizer, default in loaded:
         engine = Engine(model, tokenizer, memory_share=0.5 / len(loaded), **engine_options)
         worker = open_worker(engine, name, config.max_queue)
-        served.append(Served(worker, default))
+        served.append(Served(worker, default, path))
     return served
-
-
-def _default(path: str, model, tokenizer, settings: dict) -> DecodingConfig:
-    """How to decode where a request does not say: `settings`, then what the checkpoint recommends."""
-    try:
-        default = DecodingConfig(**recommended(model) | settings)
-        resolve(default, model, tokenizer)  # says what does not fit this model
-    except (T3DError, TypeError) as error:
-        raise T3DError(f"{path}: {error}") from error
-    return default
 
 
 def _listen(config: ServeConfig) -> socket.socket:

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from t3d.decoding.config import DecodingConfig
@@ -60,6 +60,8 @@ class Worker:
         self._inbox: list[tuple] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._install: tuple[Callable[[], None], asyncio.Future] | None = None  # to be done when nothing is decoded
+        self._held: list[tuple[Request, bool]] = []  # what waits for that
         self._thread = threading.Thread(target=self._run, name=f"t3d-{name}", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -107,6 +109,15 @@ class Worker:
             self._left -= job.left
             job.left, job.cancelled = 0, True
             self._tell("cancel", self._forget(job))
+
+    async def install(self, change: Callable[[], None]) -> int:
+        """Change the model's weights, in the worker's thread, when the answers that have begun have ended; the others
+        wait for it. Not to be called again before it returns, how many waited. Raises T3DError."""
+        if self.broken:
+            raise T3DError(f"the model {self.name} has failed: {self.broken}")
+        done = self._loop.create_future()
+        self._tell("install", [(change, done)])
+        return await done
 
     def _forget(self, job: Job) -> list[int]:
         indices = list({r.index for r in job.requests})
@@ -160,14 +171,21 @@ class Worker:
             except Exception as error:  # out of memory, or a fault of ours: whoever is in flight hears of it
                 log.exception("%s: decoding failed", self.name)
                 events += self._start_again(error)
+            if self._install and (self.session is None or self.session.done):
+                events += self._change()
             if events:
                 self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _obey(self, what: str, things: list, watch: bool = False) -> list[Event]:
         failed = []
         for thing in things:
-            if what == "cancel" and self.session:
+            if what == "install":
+                self._hold(thing)
+            elif what == "cancel" and self.session:
                 self.session.cancel(thing)
+                self._held = [held for held in self._held if held[0].index != thing]
+            elif what == "add" and self._install:
+                self._held.append((thing, watch))
             elif what == "add":
                 try:
                     if self.session is None:
@@ -176,6 +194,27 @@ class Worker:
                 except T3DError as error:
                     failed.append(FailedEvent(thing.index, thing.sample, error))
         return failed
+
+    def _hold(self, install: tuple[Callable[[], None], asyncio.Future]) -> None:
+        """Begin nothing more; what has begun goes on."""
+        self._install, scheduler = install, self.session and self.session.scheduler
+        for sequence in [*scheduler.waiting] if scheduler else ():
+            if not (sequence.prefill or sequence.denoise or sequence.preemptions):
+                scheduler.remove(sequence)
+                self._held.append((sequence.request, sequence.watched))
+
+    def _change(self) -> list[FailedEvent]:
+        (change, done), self._install = self._install, None
+        held, self._held = self._held, []
+        try:
+            if self.session is None:
+                raise T3DError(f"the model {self.name} has failed")
+            change()
+            self.session.runner.refresh()
+            self._loop.call_soon_threadsafe(_resolve, done, len(held))
+        except Exception as error:
+            self._loop.call_soon_threadsafe(_resolve, done, error)
+        return [event for request, watch in held for event in self._obey("add", [request], watch)]
 
     def _start_again(self, error: Exception) -> list[FailedEvent]:
         """A new session; the sequences of the old one are lost."""
@@ -188,6 +227,15 @@ class Worker:
             log.exception("%s: cannot start again", self.name)
             self.broken = f"{type(again).__name__}"
         return [FailedEvent(r.index, r.sample, T3DError(f"decoding failed ({type(error).__name__})")) for r in lost]
+
+
+def _resolve(future: asyncio.Future, result) -> None:
+    if future.done():  # whoever waited has gone
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
 
 
 def open_worker(engine: Engine, name: str, max_queue: int) -> Worker:

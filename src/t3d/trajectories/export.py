@@ -57,6 +57,7 @@ def _everything(_) -> Callable[[Trajectory], dict]:
 
     def row(t: Trajectory) -> dict:
         values = dict(vars(t))  # not asdict(), which copies every token
+        del values["logprobs"]
         values |= {f"nfe_{kind}": count for kind, count in vars(values.pop("nfe")).items()}
         values["confidence"] = [None if math.isnan(c) else c for c in np.round(t.confidence, 6).tolist()]
         values["revisions"] = t.revisions or [0] * len(t.response_ids)

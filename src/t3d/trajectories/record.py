@@ -1,9 +1,13 @@
 """The record that flows through the whole pipeline: what one decode produced, and in which order."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from t3d.blocks import origin
 from t3d.errors import T3DError
+
+if TYPE_CHECKING:
+    from t3d.decoding.logprobs import Logprobs
 
 FINISH_REASONS = ("stop", "length")
 MESSAGES = "messages"  # key of Trajectory.extra: the chat that the prompt was made of, where it was one
@@ -56,6 +60,7 @@ class Trajectory:
     question: str | None = None
     answer: str | None = None  # the reference answer, if the task has one
     correct: bool | None = None  # the verifier's verdict; None where there is nothing to verify
+    logprobs: "Logprobs | None" = None  # of response_ids, if asked for; not stored
     extra: dict = field(default_factory=dict)  # small JSON-able values a caller wants kept
 
     @property

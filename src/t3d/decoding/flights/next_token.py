@@ -24,8 +24,9 @@ class NextToken(Flight):
             if not block.fixed[0]:
                 first = Segment(block.start, block.tokens[:1].copy(), np.ones(1, dtype=bool))
                 logits = yield [first]
-                probability, token = logits.rows(first.rows).softmax(-1).max(-1)
-                sequence.commit_at(block, np.zeros(1, dtype=np.int64), token.cpu().numpy(), probability.cpu().numpy())
+                values = logits.rows(first.rows)
+                probability, token = (x.cpu().numpy() for x in values.softmax(-1).max(-1))
+                sequence.commit_at(block, np.zeros(1, dtype=np.int64), token, probability, values)
             while not complete(block, sequence.policy):
                 segments = ask([block], sequence)
                 yield segments
