@@ -32,6 +32,12 @@ class _General:
     window: int | None = setting(
         None, "commit in pieces of this many tokens, from left to right in the block; default: the whole block", low=1
     )
+    approximate_cache: str = setting(
+        "none",
+        "where every token sees every other: compute the keys of what is before the block ('prefix'), or of all but "
+        "the block ('dual'), at the block's first step alone; faster, and another answer",
+        choices=("none", "prefix", "dual"),
+    )
     strategy: str = _help(
         "unmasking strategy: which positions are committed at a step", default="low_confidence_static"
     )

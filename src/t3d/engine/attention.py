@@ -110,7 +110,7 @@ class SDPAttention:
     def _plan_long(self, dtype: torch.dtype) -> None:
         self.long_plans = []
         for query, token in zip(self.long, self.packing.first[-len(self.long) :].tolist(), strict=bool(self.long)):
-            key = torch.arange(query.end, device=self.device)
+            key = torch.arange(query.sees, device=self.device)
             if query.plain:
                 hidden = (
                     key >= self._tensor(self.packing.limits[token : token + query.length])[:, None]
@@ -118,7 +118,7 @@ class SDPAttention:
             else:
                 hidden = _hidden(self._tensor(query.visible())[..., None], key)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            slots = self._tensor(self.cache.slots(query.sequence, 0, query.end)) if self.paged else None
+            slots = self._tensor(self.cache.slots(query.sequence, 0, query.sees)) if self.paged else None
             first = query.sequence.pages[0] * self.cache.page_size
             self.long_plans.append((query, mask.repeat_interleave(self.groups, dim=0), slots, first))
 
@@ -135,7 +135,7 @@ class SDPAttention:
         for query, mask, slots, first in self.long_plans:
             n = query.length
             kv = self.cache.data[layer]
-            kv = kv[first : first + query.end] if slots is None else kv[slots]  # (end, 2, kv_heads, dim)
+            kv = kv[first : first + query.sees] if slots is None else kv[slots]  # (end, 2, kv_heads, dim)
             kv = kv.permute(1, 2, 0, 3)[:, None]
             mine = (
                 q[token : token + n].view(n, kv_heads, self.groups, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)

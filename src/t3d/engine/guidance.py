@@ -63,6 +63,10 @@ class Companion:
         return self.sequence.request
 
     @property
+    def kept(self) -> int:
+        return self.sequence.kept
+
+    @property
     def ended(self) -> bool:
         return self.sequence.ended
 

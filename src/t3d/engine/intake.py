@@ -68,6 +68,11 @@ def resolve(config: DecodingConfig, model, tokenizer) -> DecodingConfig:
     config = _at(config, model.config)
     if geometry(model.config)["full"]:
         _check_attention(config)
+    elif config.approximate_cache != "none":
+        raise T3DError(
+            "approximate_cache is for models in which every token sees every other; this one's cache is exact, so "
+            "leave it out"
+        )
     if getattr(model.config, "logits_shift", 0):
         asks = f"flight {config.flight!r}" if config.flying.verifies else f"strategy {config.strategy!r}"
         if config.flying.verifies or SHADOW in config.policy.needs:
@@ -105,6 +110,7 @@ def _check_attention(config: DecodingConfig) -> None:
         (config.recheck > 0, "recheck"),
         (SHADOW in config.policy.needs, f"strategy {config.strategy!r}"),
         (config.negative_prompt is not None, "negative_prompt"),
+        (config.approximate_cache != "none" and config.blocks_in_flight > 1, "approximate_cache with several blocks"),
     ):
         if unable:
             raise T3DError(f"{what} does not work where every token sees every other, as in this model; leave it out")

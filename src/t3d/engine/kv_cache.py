@@ -127,8 +127,8 @@ class KVCache:
             before = page
 
     def _whole(self, side: Side, end: int) -> int:
-        """Its pages whose keys depend on nothing behind `end`; none without the prefix cache."""
-        if not self.keep:
+        """Its pages whose keys depend on nothing behind `end`; none without the prefix cache, or in full attention."""
+        if not self.keep or side.request.full:
             return 0
         count = end // self.page_size
         return count - 1 if count and self._reads(side, count) > end else count

@@ -14,16 +14,16 @@ from t3d.engine.query import Query
 class Packing:
     """Queries one after the other. All arrays are int64.
 
-    start, end, length (queries,): places of each; first (queries,): its first packed token. query, place (tokens,): of
-    each packed token. Pages that are read, in the order of the queries: page (n,), its holder (n,), and the index (n,)
-    among its holder's pages.
+    start, length, end (queries,): its first place, how many it has, and up to which it can see; first (queries,): its
+    first packed token. query, place (tokens,): of each packed token. Pages that are read, in the order of the queries:
+    page (n,), its holder (n,), and the index (n,) among its holder's pages.
     """
 
     def __init__(self, cache: KVCache, queries: list[Query]):
         self.cache, self.queries = cache, queries
         self.plain = all(query.plain for query in queries)
-        self.start, self.end = np.array([(q.start, q.end) for q in queries], dtype=np.int64).reshape(-1, 2).T
-        self.length = self.end - self.start
+        about = [(q.start, q.length, q.sees) for q in queries]
+        self.start, self.length, self.end = np.array(about, dtype=np.int64).reshape(-1, 3).T
         self.first = np.cumsum(self.length) - self.length
         self.tokens = int(self.length.sum())
         self.query = np.repeat(np.arange(len(queries)), self.length)

@@ -36,6 +36,11 @@ class Query:
         return self.end - self.start
 
     @property
+    def sees(self) -> int:
+        """Places up to which its tokens can see: its own end, or that of keys which it leaves as they are."""
+        return max(self.end, self.sequence.kept)
+
+    @property
     def denoise(self) -> bool:
         return bool(self.segments)
 

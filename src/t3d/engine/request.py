@@ -145,6 +145,7 @@ class Sequence:
     weights: int = 0  # version of the weights it began with
     cached: int = 0  # places whose keys and values in the cache are final
     hit: int = 0  # of the prompt's, those that it did not compute
+    kept: int = 0  # places of the cache that its next forward sees beyond its own, of an earlier one
     ended: bool = False
     failed: bool = False
     pages: list[int] = field(default_factory=list)
@@ -164,18 +165,22 @@ class Sequence:
         top = self.request.logprobs
         self.logprobs = None if top is None else Logprobs.empty(size, top)
         self.at = self.request.first_block
+        self._held, self._block = (
+            0,
+            -1,
+        )  # with an approximate cache: places before the segment, and whose first step was
         self.policy = self.request.config.policy
         self.finished: list[Block] = []  # final, not yet told
         self.told: list[tuple[int, list[int], list[int], list[float]]] = []  # steps, if watched, not yet told
+        self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
         run = constrained.run if self.request.grammar else self.request.config.flying.run
         self.turns = run(self)
         self.asked: list[Segment] = next(self.turns)
-        self.sides: tuple[Sequence | Companion, ...] = (self,)  # what has pages of the cache
 
     @property
     def base(self) -> int:
-        """Places before which the keys of all tokens can be final."""
-        return 0 if self.request.full else self.at - self.origin
+        """Places before which the keys of all tokens can be final, or are taken for it."""
+        return self._held if self.request.full else self.at - self.origin
 
     @property
     def places(self) -> int:
@@ -212,9 +217,25 @@ class Sequence:
         return block
 
     def canvas(self, segment: Segment) -> Segment:
-        """The segment with all that its tokens see, where they see all there is."""
+        """The segment with all that its tokens see, where they see all there is.
+
+        With an approximate cache that is so at a block's first step alone. Behind it the keys before the block, or all
+        but the block's, remain what they were then: the prefix and dual caches of Fast-dLLM (arXiv 2505.22618).
+        """
         if not self.request.full:
             return segment
+        kind, first = self.request.config.approximate_cache, segment.start - self.origin
+        again = kind != "none" and self._block == segment.start
+        self._held, self.kept, self._block = first if again else 0, 0, segment.start
+        for side in self.sides:
+            side.cached = self._held
+        if again:
+            if kind == "dual":
+                self.kept = self.request.length
+                return segment
+            ids, want = self.tokens[segment.start :].copy(), np.zeros(self.request.end - segment.start, dtype=bool)
+            ids[: len(segment)], want[: len(segment)] = segment.ids, segment.want
+            return Segment(segment.start, ids, want)
         ids = self.tokens[self.origin :].copy()
         want = np.zeros(len(ids), dtype=bool)
         mine = slice(segment.start - self.origin, segment.start - self.origin + len(segment))
