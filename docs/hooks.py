@@ -110,12 +110,21 @@ def commands() -> str:
     """The help of every command."""
     group = typer.main.get_command(app)
     parts = ["# Commands", "What `t3d COMMAND --help` says."]
-    for name, command in group.commands.items():
+    for name, command in each(group):
         context = typer.Context(command, info_name=f"t3d {name}")
         formatter = Markdown()
         command.format_help(context, formatter)
         parts += [f"## t3d {name}", formatter.getvalue()]
     return "\n\n".join(parts)
+
+
+def each(group, before: str = ""):
+    """(name, command) of all commands, also those of groups within."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from each(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def settings() -> str:
