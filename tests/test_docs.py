@@ -24,7 +24,7 @@ def example(name: str) -> str:
 
 
 def test_the_site(tmp_path, monkeypatch):
-    pytest.importorskip("mkdocstrings", reason="the site needs the extra t3d[docs]")
+    pytest.importorskip("mkdocstrings", reason="needs t3d[docs]")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_has_all_that_is_needed_and_no_more(tmp_path):
-    pytest.importorskip("build", reason="needs build: pip install 't3d[test]'")
+    pytest.importorskip("build", reason="needs t3d[test]")
     source = tmp_path / "source"
     for name in ("src", "recipes", "tests"):
         leftovers = shutil.ignore_patterns("__pycache__", "*.egg-info")

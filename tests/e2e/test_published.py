@@ -44,7 +44,7 @@ def published(source, folder, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, rank):
     if rank:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="needs t3d[lora]")
     published(shared_data / "sdar-4b-chat", t3d.folder / "chat", family)
     assert len(list((t3d.folder / "chat").glob("model-*.safetensors"))) > 1
     teacher, tokenizer = load_model(t3d.folder / "chat", device="cpu")
