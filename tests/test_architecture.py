@@ -1,6 +1,8 @@
 """Who imports whom: data flows one way, so no module needs one that needs it."""
 
 import ast
+import re
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -51,6 +53,18 @@ def test_layers():
 
     climbs = {(name, other) for name in MODULES for other in imports(name) if layer(other) > layer(name) >= 0}
     assert climbs == CLIMBS
+
+
+def test_what_is_imported_is_declared():
+    text = (SOURCE.parent / "pyproject.toml").read_text()
+    declared = {name.lower().replace("-", "_") for name in re.findall(r'"([\w-]+)(?:\[[^]]*\])?(?:[<>=][^"]*)?"', text)}
+    declared |= {"yaml", "pydantic_core", "t3d"}  # pyyaml, and a part of pydantic
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for other in (whole.partition(".")[0] for whole in found):
+                assert other in sys.stdlib_module_names or other in declared, f"{name} imports {other}"
 
 
 def test_tests_are_imported_from_one_root():

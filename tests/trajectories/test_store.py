@@ -104,6 +104,7 @@ def test_dataset_random_access_select_column_and_pickle(tmp_path):
     assert correct.column("prompt_id") == [t.prompt_id for t in rows[::3]]
     assert list(pickle.loads(pickle.dumps(correct))) == rows[::3]
     assert list(dataset.select([5, 2, 5])) == [rows[5], rows[2], rows[5]]
+    assert list(dataset[3:9:2]) == rows[3:9:2]
 
 
 def test_the_cache_of_row_groups_is_bounded(tmp_path, monkeypatch):
