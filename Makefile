@@ -1,7 +1,8 @@
 # make demo   the whole method on the embedded model: .venv, install, t3d run recipes/demo.yaml
 # make test   all tests, in .venv
-# make lint   ruff, as in .ci/run
+# make lint   ruff and mypy, as in .ci/run
 # make docs   the documentation as a site, in site/
+# make dist   sdist and wheel, in dist/; .ci/wheel then installs the wheel elsewhere and uses it
 # Needs only make and Python >= 3.10 with venv; PYTHON=/path/to/python3.12 chooses one, ARGS="seed=1" goes to t3d run.
 
 VENV := .venv
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 T3D := 'run_dir=runs/demo-seed$${seed}-t3d' 'rollout.source=runs/demo-seed$${seed}/rollout' \
 	train.objective=t3d train.max_steps=100
 
-.PHONY: demo test lint docs
+.PHONY: demo test lint docs dist
 demo: $(VENV)/.installed
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS)
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS) $(T3D)
@@ -27,10 +28,15 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html; to search it, serve it: $(BIN)/python -m http.server -d site"
+
+dist: $(VENV)/.installed-test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 # torch alone and first: an environment that offers a CPU build of this version then gives that one.
 $(VENV)/.installed: pyproject.toml constraints.txt

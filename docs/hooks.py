@@ -6,8 +6,10 @@ docs/ leads to a page made of that file. One that leads nowhere is left as it is
 """
 
 import inspect
+import json
 import re
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
@@ -31,6 +33,8 @@ def page_of(path: str) -> str:
     """The page, or the file of the site, that a file of the repository becomes."""
     if path in OF_THE_ROOT:
         return OF_THE_ROOT[path]
+    if path.endswith(".ipynb"):
+        return path.removeprefix("docs/").replace(".ipynb", ".md")
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
@@ -55,6 +59,8 @@ def on_files(files, config):
 
     for path, page in OF_THE_ROOT.items():
         add(page, (ROOT / path).read_text())
+    for path in ROOT.glob("docs/*.ipynb"):
+        add(page_of(f"docs/{path.name}"), notebook(json.loads(path.read_text())))
     unread = [(path_of(file.src_uri), file.content_string) for file in files.documentation_pages()]
     while unread:
         path, text = unread.pop()
@@ -106,16 +112,46 @@ class Markdown(typer.Context.formatter_class):
         self.write("\n")
 
 
+def notebook(content: dict) -> str:
+    """A notebook, with the outputs that are kept in it, as Markdown."""
+    parts = []
+    for cell in content["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/svg+xml" in data:
+                svg = "".join(data["image/svg+xml"])
+                parts.append(svg[svg.index("<svg") :].replace("\n", " "))
+            elif "text/html" in data:
+                parts.append("".join(data["text/html"]))
+            elif output["output_type"] == "stream":
+                parts.append(f"<pre>{escape(''.join(output['text']))}</pre>")
+    return "\n\n".join(parts)
+
+
 def commands() -> str:
     """The help of every command."""
     group = typer.main.get_command(app)
     parts = ["# Commands", "What `t3d COMMAND --help` says."]
-    for name, command in group.commands.items():
+    for name, command in each(group):
         context = typer.Context(command, info_name=f"t3d {name}")
         formatter = Markdown()
         command.format_help(context, formatter)
         parts += [f"## t3d {name}", formatter.getvalue()]
     return "\n\n".join(parts)
+
+
+def each(group, before: str = ""):
+    """(name, command) of all commands, also those of groups within."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from each(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def settings() -> str:

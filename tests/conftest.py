@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,5 +81,20 @@ def make_model(
 def shared_data() -> Path:
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("needs the real data files in ../shared/data, which are not here")
+        pytest.skip("needs the data files of ../shared/data")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was not tested here, kind by kind, and what it needs."""
+    found = Counter()
+    for report in terminalreporter.stats.get("skipped", ()):
+        whole_file = isinstance(report, pytest.CollectReport)
+        found[report.longrepr[2].removeprefix("Skipped: "), "file" if whole_file else "test"] += 1
+    lines = [f"{n} {what}{'s' * (n > 1)}: {reason}" for (reason, what), n in sorted(found.items())]
+    if not os.environ.get("T3D_ALL"):
+        lines.append("most of the long lists of problems and programs: T3D_ALL=1 takes all")
+    if not torch.cuda.is_available():
+        lines.append("CUDA: no GPU here; benchmarks/gpu has the checks for one")
+    terminalreporter.section("not tested here", sep="-")
+    terminalreporter.write_line("\n".join(lines))

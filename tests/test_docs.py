@@ -24,7 +24,7 @@ def example(name: str) -> str:
 
 
 def test_the_site(tmp_path, monkeypatch):
-    pytest.importorskip("mkdocstrings", reason="the site needs the extra t3d[docs]")
+    pytest.importorskip("mkdocstrings", reason="needs t3d[docs]")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -87,3 +87,20 @@ def test_what_type_checkers_see_is_what_there_is():
     assert set(shown) == set(t3d._EXPORTS)
     for name in t3d._EXPORTS:
         assert getattr(t3d, name)
+
+
+def test_the_tour(tmp_path, monkeypatch):
+    """The notebook runs, in a small size, and what is kept in it is from its own size."""
+    nbclient = pytest.importorskip("nbclient", reason="needs t3d[test]")
+    nbformat = pytest.importorskip("nbformat", reason="needs t3d[test]")
+    for name, value in {"T3D_TOUR_TRAIN": "8", "T3D_TOUR_STEPS": "2", "T3D_TOUR_EVAL": "4"}.items():
+        monkeypatch.setenv(name, value)
+    kept = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
+    made = nbformat.from_dict(kept)
+    nbclient.NotebookClient(made, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    def shown(notebook):
+        return [o.output_type for cell in notebook.cells for o in cell.get("outputs", ()) if o.output_type != "stream"]
+
+    assert shown(made) == shown(kept) == ["execute_result", "display_data", "execute_result"]
+    assert "60 steps in" in str(kept)

@@ -8,14 +8,14 @@ import sys
 import huggingface_hub
 import pytest
 import yaml
-from conftest import make_model
-from hub_server import TOKEN, hub_server
-from trajectory_examples import make_trajectory
 
 from t3d.errors import T3DError
 from t3d.hub import push_checkpoint, push_trajectories
 from t3d.models import load_model, save_model
 from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
+from tests.conftest import make_model
+from tests.hub_server import TOKEN, hub_server
+from tests.trajectory_examples import make_trajectory
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from conftest import make_model
 
 from t3d import DecodingConfig, Engine
 from t3d.answers import Job, answers, store_answers
@@ -12,6 +11,7 @@ from t3d.distill.held_out import HeldOut
 from t3d.tasks import TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
+from tests.conftest import make_model
 
 SETTING = DecodingConfig(steps=2, max_tokens=12, temperature=1.0)
 

@@ -96,7 +96,7 @@ def merged(components: Iterable[type], defaults_may_differ: bool = False) -> dic
     return {name: f for name, (f, _) in found.items()}
 
 
-def owners(components: Iterable[type], name: str) -> list[str]:
+def owners(components: Iterable[Any], name: str) -> list[str]:
     """The names of the components whose setting `name` is."""
     return sorted(c.name for c in components if name in {f.name for f in fields(c)})
 

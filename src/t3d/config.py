@@ -1,7 +1,7 @@
 """The recipe: one YAML file of typed sections, plus `section.key=value` overrides from the command line.
 
-A section is a dataclass that the module using it defines; this file composes them, checks every key and type, and
-knows nothing of what the values mean.
+A section is a dataclass: the module that uses it defines it, or this file where several do. This file composes them and
+checks every key and type.
 """
 
 import dataclasses

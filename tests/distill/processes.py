@@ -10,7 +10,7 @@ import socket
 import traceback
 from pathlib import Path
 
-from conftest import make_model
+from tests.conftest import make_model
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
@@ -72,9 +72,9 @@ def parity(text, trajectory, forwards) -> float:
 def train(folder: str, settings: dict, resume: str | None = None) -> None:
     import torch
     from safetensors.torch import save_file
-    from test_trainer import config, trajectories
 
     from t3d.distill import T3DTrainer
+    from tests.distill.test_trainer import config, trajectories
 
     torch.set_num_threads(1)
     data = trajectories()

@@ -5,11 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import MASK, PAD, decoder_logits, random_trajectory
-from test_trainer import config, trajectories, weights
 
 from t3d.blocks import block_ids
 from t3d.config import load_recipe
@@ -26,6 +23,9 @@ from t3d.study.config import labels
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.tokenizer import word_tokenizer
 from t3d.tasks.word_problems import build_tokenizer
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, decoder_logits, random_trajectory
+from tests.distill.test_trainer import config, trajectories, weights
 
 PRIVILEGED = [name for name, objective in OBJECTIVES.items() if issubclass(objective, Privileged)]
 
@@ -175,7 +175,7 @@ def test_a_prompt_that_tells_nothing_changes_nothing(tmp_path, name):
 )
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, settings):
     if "lora_rank" in settings:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="needs t3d[lora]")
 
     def trainer(**more):
         torch.manual_seed(0)  # an adapter starts at random

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import MASK, PAD, random_trajectory
 
 from t3d.blocks import Layout
 from t3d.distill import T3DConfig
@@ -14,6 +12,8 @@ from t3d.distill.batch import TrainingBatch, collate, when_committed
 from t3d.distill.data import StateDataset
 from t3d.distill.recompute import checkpoint_layers, recompute_cheap
 from t3d.errors import T3DError
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, random_trajectory
 
 
 def make_batch(seed, block_size=4, documents=3, pack_length=10**6, blocks=4, **settings):

@@ -6,13 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from test_layout import MASK, PAD, decoder_logits, random_trajectory
-from test_objectives import average, blocks_of, run
-from test_trainer import config, trajectories, weights
 
 from t3d.distill import T3DConfig, T3DTrainer
 from t3d.distill.answer_groups import decoding, own_groups
@@ -25,6 +21,10 @@ from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.trajectories import NFE
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, decoder_logits, random_trajectory
+from tests.distill.test_objectives import average, blocks_of, run
+from tests.distill.test_trainer import config, trajectories, weights
 
 
 def arguments(**settings):
@@ -261,7 +261,7 @@ def test_answers_are_decoded_as_asked_for():
 
 def test_workers_decode_the_same_answers(tmp_path):
     """Two rounds, so that the workers get the weights of the second."""
-    ray = pytest.importorskip("ray", reason="needs the extra t3d[ray]")
+    ray = pytest.importorskip("ray", reason="needs t3d[ray]")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     runs = [weights(make_model())]
     try:

@@ -6,11 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from test_layout import MASK, PAD, random_trajectory
-from test_mean_field import runner
-from test_objectives import dense_logprobs
-from test_trainer import config, trajectories, weights
 from torch import Tensor
 
 from t3d.distill import T3DConfig, T3DTrainer
@@ -20,6 +15,11 @@ from t3d.distill.objective import Ask
 from t3d.distill.objectives import dmd
 from t3d.distill.objectives.dmd import masked_again, show_others
 from t3d.errors import T3DError
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, random_trajectory
+from tests.distill.test_mean_field import runner
+from tests.distill.test_objectives import dense_logprobs
+from tests.distill.test_trainer import config, trajectories, weights
 
 
 def make_batch(seed=0, documents=3, own=True, block_size=4, steps=None, **settings):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from t3d.distill.data import StateDataset
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.trajectories import NFE, Trajectory
+from tests.conftest import make_model
 
 MASK, PAD = 63, 0
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import make_model
-from test_trainer import config, trajectories, weights
 
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DTrainer
@@ -12,8 +10,10 @@ from t3d.distill.trainer import ADAPTER
 from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.models import load_model
+from tests.conftest import make_model
+from tests.distill.test_trainer import config, trajectories, weights
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="needs t3d[lora]")
 LORA = {"lora_rank": 4, "learning_rate": 5e-2}
 
 

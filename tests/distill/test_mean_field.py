@@ -6,9 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from test_layout import MASK, PAD, random_trajectory
-from test_objectives import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +18,9 @@ from t3d.distill.objective import Ask
 from t3d.distill.objectives import mean_field
 from t3d.distill.objectives.mean_field import _terms, masked_one_by_one, place_in_block
 from t3d.trajectories import NFE, Trajectory
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, random_trajectory
+from tests.distill.test_objectives import run
 
 
 def make_batch(seed=0, documents=3, packed=False, block_size=4, **settings):
@@ -213,9 +213,8 @@ def test_shares_are_spread_evenly():
 
 
 def test_training_with_on_policy_contexts_resumes_exactly(tmp_path):
-    from test_trainer import config, trajectories, weights
-
     from t3d.distill import T3DTrainer
+    from tests.distill.test_trainer import config, trajectories, weights
 
     settings = {"objective": "mean_field", "max_steps": 6, "save_steps": 3, "round_interval": 0}
     data = trajectories()

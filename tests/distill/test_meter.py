@@ -4,11 +4,11 @@ import time
 
 import pytest
 from accelerate import Accelerator
-from conftest import make_model
-from test_trainer import config, trajectories
 
 from t3d.distill import T3DTrainer
 from t3d.distill.meter import Meter, peak_flops, utilisation
+from tests.conftest import make_model
+from tests.distill.test_trainer import config, trajectories
 
 
 @pytest.mark.parametrize(

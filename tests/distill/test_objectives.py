@@ -5,10 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import MASK, PAD, decoder_logits, random_trajectory
 
 from t3d.distill import T3DConfig
 from t3d.distill.batch import TrainingBatch, collate
@@ -16,6 +14,8 @@ from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import choose_tokens, token_logprobs
 from t3d.distill.objective import OBJECTIVES, Ask, total_loss
 from t3d.distill.sampler import Draw
+from tests.conftest import make_model
+from tests.distill.test_layout import MASK, PAD, decoder_logits, random_trajectory
 
 STATES = ["trajectory", "uniform", "all_masked"]
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
 from rich.console import Console
 
 from t3d.config import Recipe, load_recipe
@@ -15,6 +14,7 @@ from t3d.models import FAMILIES, save_model
 from t3d.pipeline.inputs import Inputs
 from t3d.plan import activation_bytes, plan, sizes, table
 from t3d.tasks.word_problems import build_tokenizer
+from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,8 @@ def test_a_configuration_that_is_none_is_one_line(tiny, tmp_path):
 
 
 def test_weights_gradients_and_optimizer_are_those_of_a_training_step(tiny, tmp_path):
-    from test_trainer import trajectories
-
     from t3d.models import load_model
+    from tests.distill.test_trainer import trajectories
 
     for lora in (0, 2):
         made = recipe(tiny, tmp_path, f"train.lora_rank={lora}", "train.max_steps=1", "train.report_to=none")

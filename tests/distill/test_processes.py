@@ -7,8 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from processes import launch, train
 from safetensors.torch import load_file
+
+from tests.distill.processes import launch, train
 
 SETTINGS = {"max_steps": 4, "logging_steps": 1, "save_steps": 2, "round_interval": 2, "learning_rate": 1e-2}
 OBJECTIVES = {
@@ -21,7 +22,7 @@ OBJECTIVES = {
     # (three steps: what is sampled from weights that differ by roundings may differ)
     "mean_field": {"objective": "mean_field", "on_policy_share": 0.5, "mf_anchor": 0.0, "max_steps": 3},
     # groups that stay with their prompt's process; both steps learn from what the same weights wrote
-    "cj_grpo": {"objective": "cj_grpo", "rl_reward": "processes:parity", "rl_updates": 2, "max_steps": 2},
+    "cj_grpo": {"objective": "cj_grpo", "rl_reward": "tests.distill.processes:parity", "rl_updates": 2, "max_steps": 2},
     "soft": {"objective": "soft", "reference_sees": "answer", "on_policy_share": 0.5, "max_steps": 3},
 }
 deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs t3d[deepspeed]")

@@ -5,8 +5,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from test_layout import random_trajectory
 from transformers import TrainerCallback
 
 from t3d.distill import T3DConfig, T3DTrainer
@@ -17,6 +15,8 @@ from t3d.embedded import EMBEDDED
 from t3d.errors import T3DError
 from t3d.models import load_tokenizer
 from t3d.pipeline.train import check_reference
+from tests.conftest import make_model
+from tests.distill.test_layout import random_trajectory
 
 
 def trajectories(count=12, block_size=4):

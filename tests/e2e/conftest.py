@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_model
 
-from e2e.program import Done, Program
+from tests.conftest import make_model
+from tests.e2e.program import Done, Program
 
 RECIPE = {
     "seed": 3,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers.integrations import get_available_reporting_integrations
 
-from e2e.program import assert_same_trajectories
-from e2e.test_run import weights
 from t3d.models import load_tokenizer
 from t3d.trajectories import TrajectoryDataset
+from tests.e2e.program import assert_same_trajectories
+from tests.e2e.test_run import weights
 
 
 def refused(done, *said: str) -> None:

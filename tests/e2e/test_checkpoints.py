@@ -8,7 +8,6 @@ import sys
 import pytest
 import yaml
 
-from e2e.test_bad_input import refused
 from t3d.config import load_recipe
 from t3d.models import load_model
 from t3d.models.recommended import recommend, recommended
@@ -17,6 +16,7 @@ from t3d.pipeline.folder import RunFolder
 from t3d.trajectories import TrajectoryDataset
 from t3d.trajectories.fingerprint import model_fingerprint
 from tests.conftest import make_model
+from tests.e2e.test_bad_input import refused
 from tests.models.test_convert import autoregressive
 
 

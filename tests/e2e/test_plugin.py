@@ -13,10 +13,10 @@ import httpx2
 import pytest
 import yaml
 
-from e2e.program import Done
 from t3d import DecodingConfig, Engine, load_model
 from t3d.embedded import checkpoint
 from t3d.trajectories import TrajectoryDataset
+from tests.e2e.program import Done
 
 POLICY = '''
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ QUESTION = "Sam had 37 apples and Leo had 25. How many apples did they have in a
 FORKS = """
 import json, os, sys
 import t3d.generate, t3d.pipeline
-from e2e.program import _command
+from tests.e2e.program import _command
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         _command(*json.loads(line), None)
@@ -74,8 +74,8 @@ def installed(folder: Path, kind: str, name: str, code: str):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[t3d.{kind}]\n{name} = mine.{name}\n")
-    tests = Path(__file__).parents[1]
-    paths = [str(folder), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    root = Path(__file__).parents[2]
+    paths = [str(folder), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipe) as process:

@@ -43,7 +43,7 @@ def published(source, folder, family):
 @pytest.mark.parametrize(("family", "rank"), [("sdar", 2), ("sdar_moe", 0)], ids=["sdar-lora", "sdar_moe-full"])
 def test_load_rollout_train_save_reload(t3d, shared_data, write_recipe, family, rank):
     if rank:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="needs t3d[lora]")
     published(shared_data / "sdar-4b-chat", t3d.folder / "chat", family)
     assert len(list((t3d.folder / "chat").glob("model-*.safetensors"))) > 1
     teacher, tokenizer = load_model(t3d.folder / "chat", device="cpu")

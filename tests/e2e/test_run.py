@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from e2e.program import assert_same_trajectories
 from t3d.models import load_model
 from t3d.trajectories import TrajectoryDataset
 from t3d.trajectories.schema import shards
+from tests.e2e.program import assert_same_trajectories
 
 
 def trajectories(run: Path) -> list:

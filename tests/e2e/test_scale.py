@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from e2e.program import Program, assert_same_trajectories
-from e2e.test_run import begun, same, trajectories, weights
 from t3d.models import load_model
 from t3d.pipeline.processes import should_be_several
 from t3d.trajectories import TrajectoryDataset
+from tests.e2e.program import Program, assert_same_trajectories
+from tests.e2e.test_run import begun, same, trajectories, weights
 
 ROUNDS = {"rollout_rounds": 3, "max_steps": 6, "round_interval": 2, "reference_ema": 0.5}
 
@@ -65,7 +65,7 @@ def test_rounds_survive_a_kill_at_any_moment(t3d, write_recipe, rounds):
 
 
 def test_an_adapter_is_merged_into_the_student_and_kept_beside_it(t3d, write_recipe, tiny):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs t3d[lora]")
     recipe = write_recipe(t3d.folder, train={"lora_rank": 2, "max_steps": 4})
     run = t3d.folder / "runs" / "recipe"
     t3d.stop_when(t3d.start("run", recipe), begun(run, "train/checkpoint-2/whole"))

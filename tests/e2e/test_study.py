@@ -37,7 +37,7 @@ def write_study(folder, write_recipe, **changes) -> str:
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory, forkserver, write_recipe):
     """A folder with a complete study; not to be written to."""
-    from e2e.program import Program
+    from tests.e2e.program import Program
 
     folder = tmp_path_factory.mktemp("study")
     done = Program(folder, forkserver)("study", write_study(folder, write_recipe))

@@ -156,7 +156,7 @@ def test_what_is_there_is_never_overwritten(t3d, write_recipe, tiny, evaluated, 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, forkserver, write_recipe):
-    from e2e.program import Program
+    from tests.e2e.program import Program
 
     program = Program(tmp_path_factory.mktemp("evaluated"), forkserver)
     assert program("eval", write_recipe(program.folder)).code == 0

@@ -8,10 +8,10 @@ import time
 import psutil
 import pytest
 
-from e2e.program import assert_same_trajectories
-from e2e.test_run import rows
+from tests.e2e.program import assert_same_trajectories
+from tests.e2e.test_run import rows
 
-pytest.importorskip("ray", reason="needs the extra t3d[ray]")
+pytest.importorskip("ray", reason="needs t3d[ray]")
 
 
 def workers_of(pid: int) -> list[int]:

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-from conftest import make_model
 
 from t3d.blocks import block_end
 from t3d.decoding import DecodingConfig
@@ -13,6 +12,7 @@ from t3d.engine import flex as flex_attention
 from t3d.engine.flex import in_order, page_plan
 from t3d.engine.intake import make_requests
 from t3d.engine.packing import Packing
+from tests.conftest import make_model
 
 CASES = {
     "plain": ({"steps": 2}, {}, "sdar"),

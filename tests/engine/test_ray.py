@@ -12,7 +12,7 @@ from t3d.engine import Engine, RayEngine
 from t3d.errors import T3DError
 from tests.conftest import make_model
 
-ray = pytest.importorskip("ray", reason="needs the extra t3d[ray]")
+ray = pytest.importorskip("ray", reason="needs t3d[ray]")
 
 
 @pytest.fixture(scope="module")

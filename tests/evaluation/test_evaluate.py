@@ -10,8 +10,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import rich
-from conftest import make_model
-from trajectory_examples import make_trajectory
 
 import t3d.answers
 from t3d import DecodingConfig, Engine, T3DError
@@ -23,6 +21,8 @@ from t3d.evaluation.runner import setting_name
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories import NFE, TrajectoryDataset, read_trajectories
+from tests.conftest import make_model
+from tests.trajectory_examples import make_trajectory
 
 STATIC = [DecodingConfig(steps=steps, max_tokens=12) for steps in (4, 2, 1)]
 
@@ -108,7 +108,7 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
     """The process dies when the verifier sees its sixth answer."""
     script = (
         "import functools, os, sys; sys.path[:0] = sys.argv[2].split(',')\n"
-        "from conftest import make_model\n"
+        "from tests.conftest import make_model\n"
         "from t3d import DecodingConfig, Engine\n"
         "from t3d.evaluation import evaluate\n"
         "from t3d.tasks import TaskConfig, get_task\n"
@@ -129,7 +129,7 @@ def test_killed_and_continued_gives_the_same(parts, tmp_path):
         "evaluate(model, tokenizer, task, task.problems('test', 12), [DecodingConfig(steps=2, max_tokens=12)],\n"
         "         output=sys.argv[1], engine=Engine(model, tokenizer, max_batch_size=2))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "killed"), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), str(Path(__file__).parents[2])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr
     model, tokenizer, task, problems = parts

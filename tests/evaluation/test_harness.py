@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
 
 from t3d import DecodingConfig, Engine, T3DError
 from t3d.models import save_model
 from t3d.tasks.word_problems import build_tokenizer, problem
+from tests.conftest import make_model
 
-pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 't3d[lm-eval]'")
+pytest.importorskip("lm_eval", reason="needs t3d[lm-eval]")
 
 TASK = """
 task: local_words

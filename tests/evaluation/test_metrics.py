@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.evaluation import aup, bootstrap, compare, majority, mcnemar, pareto, pass_at_k, tokps, wilson
 from t3d.evaluation.metrics import Speed
 from t3d.trajectories import NFE
+from tests.trajectory_examples import make_trajectory
 
 
 def test_wilson_by_hand():
@@ -25,7 +25,7 @@ def test_wilson_by_hand():
 @settings(deadline=None)
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
 def test_wilson_is_scipys(n, share):
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs t3d[test]")
     k = round(share * n)
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
     assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
@@ -34,7 +34,7 @@ def test_wilson_is_scipys(n, share):
 @settings(deadline=None)
 @given(a=st.integers(0, 60), b=st.integers(0, 60))
 def test_mcnemar_is_the_binomial_test(a, b):
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs t3d[test]")
     expected = stats.binomtest(a, a + b).pvalue if a + b else 1.0
     assert mcnemar(a, b) == pytest.approx(expected, abs=1e-9)
 
@@ -58,7 +58,7 @@ def test_bootstrap_is_seeded_and_near_the_normal_interval():
 
 
 def test_bootstrap_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs t3d[test]")
     values = [0.0, 0.25, 0.5, 0.5, 1.0, 1.0, 0.0, 0.75] * 12
     theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
     assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=0.01)

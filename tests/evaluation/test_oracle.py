@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError
 from t3d.evaluation import oracle as module
 from t3d.evaluation.oracle import agreement, fewest, oracle
+from tests.conftest import make_model
 
 PROMPTS = [[7 + i, 8, 9 + i, 10, 11, 12 + i][: 1 + i % 6] for i in range(8)]
 

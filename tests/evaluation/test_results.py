@@ -2,11 +2,11 @@ import csv
 import json
 
 import pytest
-from example_run import example_run
 
 from t3d.evaluation import EvalRow, read_summary, write_results
 from t3d.evaluation.results import markdown
 from t3d.trajectories import read_trajectories
+from tests.example_run import example_run
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model
-from example_run import example_run
-from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.blocks import block_causal_mask
@@ -17,6 +14,9 @@ from t3d.evaluation.text import add_text_quality, bleu, check_libraries, distinc
 from t3d.models import save_model
 from t3d.tasks import Problem, TaskConfig, get_task
 from t3d.tasks.word_problems import build_tokenizer
+from tests.conftest import make_model
+from tests.example_run import example_run
+from tests.trajectory_examples import make_trajectory
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -118,8 +118,8 @@ def test_distinct_by_hand():
 
 
 def test_bleu_and_rouge_are_the_libraries():
-    sacrebleu = pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="needs t3d[text]")
+    pytest.importorskip("rouge_score", reason="needs t3d[text]")
     texts, references = ["the cat sat on the mat", "a dog"], ["the cat is on the mat", "a dog barks"]
     assert bleu(texts, references) == sacrebleu.corpus_bleu(texts, [references]).score
     assert bleu(references, references) == pytest.approx(100)
@@ -138,8 +138,8 @@ def test_a_missing_library_is_one_line(monkeypatch):
 
 
 def test_text_quality_of_responses():
-    pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu", reason="needs t3d[text]")
+    pytest.importorskip("rouge_score", reason="needs t3d[text]")
     ours = [make_trajectory(f"{i}", text=f"word {i} and more words", answer=f"word {i}") for i in range(4)]
     teacher = [*ours[:3], replace(ours[3], response_ids=ours[3].response_ids[::-1])]
     found = text_quality(ours, teacher)
@@ -154,8 +154,8 @@ def test_text_quality_of_responses():
 
 
 def test_rows_get_text_quality(tmp_path):
-    pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu", reason="needs t3d[text]")
+    pytest.importorskip("rouge_score", reason="needs t3d[text]")
     run = example_run(tmp_path / "run", count=5)
     rows = [EvalRow(**row) for row in read_summary(run / "summary.json")["rows"]]
     better = add_text_quality(rows, run / "eval")

@@ -37,7 +37,7 @@ def test_engines_that_do_not_know_a_family(tmp_path, family, engine):
 
 
 def adapted(folder, model):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs t3d[lora]")
     torch.manual_seed(3)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     for name, weight in tuned.named_parameters():

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.helpers import logits
 
 from t3d import DecodingConfig, Engine
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model, save_model
 from t3d.models.quantize import GROUP, Int4Linear, Int8Linear
 from tests.conftest import make_model
+from tests.models.helpers import logits
 
 PLAIN = [family for family in FAMILIES if family not in ("sdar_moe", "llada2_moe")]
 

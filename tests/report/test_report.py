@@ -9,10 +9,8 @@ from io import StringIO
 from itertools import pairwise
 
 import pytest
-from example_run import example_run
 from PIL import Image
 from rich.console import Console
-from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.report import ReportConfig, show, write_report
@@ -21,6 +19,8 @@ from t3d.report.runs import choose_problems, load_runs, reference, viewer_data
 from t3d.report.tokens import step_colour, token_texts
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories.pieces import PIECES
+from tests.example_run import example_run
+from tests.trajectory_examples import make_trajectory
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\">&lt;'"
 
@@ -180,7 +180,7 @@ def browse(tmp_path_factory):
     """The page's DOM after `script` ran behind its own scripts, in headless Chromium; errors end up in the title."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("needs Chromium, which is not installed (Debian package `chromium`)")
+        pytest.skip("needs Chromium (Debian package `chromium`)")
 
     def browse(page, script=""):
         folder = tmp_path_factory.mktemp("browser")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
-from e2e.program import Done, Program
+
+from tests.conftest import make_model
+from tests.e2e.program import Done, Program
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"

@@ -6,12 +6,12 @@ import sys
 
 import httpx2
 import pytest
-from e2e.program import Program
 
 from t3d.cli import main
 from t3d.errors import T3DError
 from t3d.models.recommended import recommend
 from t3d.serve.config import ServeConfig, read_key
+from tests.e2e.program import Program
 
 
 @pytest.fixture

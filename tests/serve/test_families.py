@@ -4,11 +4,11 @@ import json
 import urllib.request
 
 import pytest
-from conftest import make_model
 
 from t3d import DecodingConfig, Engine
 from t3d.models import FAMILIES, save_model
 from t3d.models.recommended import recommended
+from tests.conftest import make_model
 from tests.serve.conftest import byte_tokenizer
 
 

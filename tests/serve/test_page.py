@@ -7,7 +7,7 @@ import re
 import httpx2
 import pytest
 
-from serve.browser import CHROMIUM, Browser
+from tests.serve.browser import CHROMIUM, Browser
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"></script>&lt;"
 
@@ -24,7 +24,7 @@ def test_the_page_needs_nothing_else(server):
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: chromium)")
+        pytest.skip("needs Chromium (Debian package `chromium`)")
     with Browser() as browser:
         yield browser
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from serve.conftest import byte_tokenizer
 from t3d.serve.text import TextStream
+from tests.serve.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SPECIAL = TOKENIZER.convert_tokens_to_ids(["<|end|>", "<|mask|>"])

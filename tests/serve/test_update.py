@@ -7,7 +7,6 @@ import shutil
 import signal
 
 import pytest
-from conftest import make_model
 
 from t3d import DecodingConfig, Engine, load_model
 from t3d.errors import T3DError
@@ -17,6 +16,7 @@ from t3d.serve.app import create_app
 from t3d.serve.config import ServeConfig
 from t3d.serve.model import Served
 from t3d.serve.worker import open_worker
+from tests.conftest import make_model
 from tests.serve.conftest import byte_tokenizer
 from tests.serve.test_app import call, collect, during
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_programs import HOSTILE, SLOW
 
 from t3d.errors import T3DError
 from t3d.tasks import sandbox
 from t3d.tasks.sandbox import Sandbox, _isolation
+from tests.tasks.hostile_programs import HOSTILE, SLOW
 
 ISOLATION, WHY = _isolation()
 TEST = "assert f(2) == 4"

@@ -5,13 +5,13 @@ import math
 from dataclasses import asdict, replace
 
 import pytest
-from trajectory_examples import make_trajectory
 
 from t3d.errors import T3DError
 from t3d.tasks.tokenizer import word_tokenizer
 from t3d.trajectories import TrajectoryDataset, TrajectoryWriter
 from t3d.trajectories.export import export_trajectories
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
+from tests.trajectory_examples import make_trajectory
 
 TOKENIZER = word_tokenizer(["system", "Be brief.", "How many legs?", "And two?", "4", "<think>"])
 CHAT = [

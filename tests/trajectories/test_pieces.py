@@ -1,10 +1,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trajectory_examples import make_trajectory
 
 from t3d.tasks.word_problems import build_tokenizer
 from t3d.trajectories.pieces import Pieces
+from tests.trajectory_examples import make_trajectory
 
 
 @pytest.fixture(scope="module")

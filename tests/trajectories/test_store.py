@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trajectory_examples import make_trajectory
 
 from t3d import T3DError
 from t3d.trajectories import (
@@ -24,6 +23,7 @@ from t3d.trajectories import (
     read_trajectories,
     validate,
 )
+from tests.trajectory_examples import make_trajectory
 
 METADATA = {
     "model": "tiny",
@@ -104,6 +104,7 @@ def test_dataset_random_access_select_column_and_pickle(tmp_path):
     assert correct.column("prompt_id") == [t.prompt_id for t in rows[::3]]
     assert list(pickle.loads(pickle.dumps(correct))) == rows[::3]
     assert list(dataset.select([5, 2, 5])) == [rows[5], rows[2], rows[5]]
+    assert list(dataset[3:9:2]) == rows[3:9:2]
 
 
 def test_the_cache_of_row_groups_is_bounded(tmp_path, monkeypatch):
@@ -172,7 +173,7 @@ def test_an_interrupted_writer_keeps_what_was_finished(tmp_path, exception):
 def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_path):
     script = (
         "import os, sys, itertools; sys.path.insert(0, sys.argv[2])\n"
-        "from trajectory_examples import make_trajectory\n"
+        "from tests.trajectory_examples import make_trajectory\n"
         "from t3d.trajectories import TrajectoryWriter\n"
         f"with TrajectoryWriter(sys.argv[1], {METADATA}, shard_size=20) as writer:\n"
         "    for i in itertools.count():\n"
@@ -180,7 +181,7 @@ def test_a_killed_writer_leaves_whole_shards_and_temporary_files_at_most(tmp_pat
         "        if i == 50: print('go', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path, Path(__file__).parents[1]], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, tmp_path, Path(__file__).parents[2]], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "go\n"
     process.send_signal(signal.SIGKILL)
@@ -198,7 +199,7 @@ def test_no_room_is_a_clear_error_and_loses_nothing(tmp_path):
     """A real limit on the size of files, in a process of its own."""
     script = (
         "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from trajectory_examples import make_trajectory\n"
+        "from tests.trajectory_examples import make_trajectory\n"
         "from t3d import T3DError\n"
         "from t3d.trajectories import TrajectoryWriter\n"
         f"writer = TrajectoryWriter(sys.argv[1], {METADATA})\n"
@@ -211,7 +212,7 @@ def test_no_room_is_a_clear_error_and_loses_nothing(tmp_path):
         "print(sorted(p.name for p in writer.folder.iterdir()))\n"
         "writer.close()\n"
     )
-    command = [sys.executable, "-c", script, tmp_path, Path(__file__).parents[1]]
+    command = [sys.executable, "-c", script, tmp_path, Path(__file__).parents[2]]
     done = subprocess.run(command, capture_output=True, text=True)
     message, names = done.stdout.splitlines()
     assert message.startswith(f"cannot write {tmp_path}/shard-00001.parquet: File too large")

@@ -139,6 +139,33 @@ def config_command(
     print(describe(everything) if recipe is None else load_recipe(recipe, overrides or ()).to_yaml(), end="")
 
 
+shipped = typer.Typer(help="List or copy the recipes that come with t3d.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(shipped, name="recipes")
+
+
+@shipped.command("list")
+def list_command() -> None:
+    """List the recipes that come with t3d, and what each is for."""
+    from t3d.recipes import recipes
+
+    found = recipes()
+    for name, text in found.items():
+        print(f"{name:{max(map(len, found))}}  {text}")
+
+
+@shipped.command("copy")
+def copy_command(
+    name: Annotated[str, typer.Argument(help="as `t3d recipes list` has it", metavar="NAME", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="where to", metavar="FOLDER")] = Path("recipes"),
+    force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
+) -> None:
+    """Copy a recipe, with those it builds on, to use and change: FOLDER/NAME.yaml."""
+    from t3d.recipes import copy
+
+    for path in copy(name, folder, force):
+        print(path)
+
+
 @app.command("plan")
 def plan_command(
     recipe: RECIPE,

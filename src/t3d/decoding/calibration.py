@@ -5,14 +5,17 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.policy import POLICIES
 from t3d.errors import T3DError, nearest
-from t3d.trajectories.record import Trajectory
+
+if TYPE_CHECKING:
+    from t3d.trajectories.record import Trajectory
 
 
-def tokens_per_forward(trajectories: list[Trajectory]) -> float:
+def tokens_per_forward(trajectories: list["Trajectory"]) -> float:
     """TPF: tokens through the first stop token, divided by the forwards that predicted (denoised or verified)."""
     return sum(t.length for t in trajectories) / sum(t.nfe.predicting for t in trajectories)
 
@@ -24,7 +27,7 @@ def calibrate(
     *,
     target_tpf: float | None = None,
     target_quality: float | None = None,
-    quality: Callable[[list[Trajectory]], float] | None = None,
+    quality: Callable[[list["Trajectory"]], float] | None = None,
     rounds: int = 8,
     tried: Callable[[dict], None] = lambda trial: None,
 ) -> tuple[DecodingConfig, list[dict]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cached_property
-from typing import get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -20,6 +20,9 @@ load_all(flights.__name__, "t3d.flights")
 
 def _help(text: str, **kwargs):
     return field(metadata={"help": text}, **kwargs)
+
+
+Settings = TypeVar("Settings", bound="_General")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _General:
         )
         self.flying.check(self.policy, self)
 
-    def at(self, block_size: int | None) -> "DecodingConfig":
+    def at(self: Settings, block_size: int | None) -> Settings:
         """These settings with block size and steps filled in, for a model of this block size (None: a whole response).
 
         Raises T3DError."""
@@ -97,10 +100,10 @@ class _General:
             raise T3DError(f"steps = {steps} is more than block_size = {block}: a step commits at least one token")
         return replace(self, block_size=block, steps=steps)
 
-    def canonical(self) -> "DecodingConfig":
+    def canonical(self: Settings) -> Settings:
         """These settings without what their policy and flight do not look at, so that equal ones are equal."""
         used = {f.name for f in fields(self.policy)} | self.flying.used
-        unused = {name: f.default for name, f in OWNED.items() if name not in used}
+        unused: dict[str, Any] = {name: f.default for name, f in OWNED.items() if name not in used}
         if not self.policy.uses_steps:
             unused |= {"steps": self.block_size, "schedule": "even"}
         return replace(self, **unused)
@@ -137,16 +140,23 @@ class _General:
 
 OWNED = merged([*POLICIES.values(), *FLIGHTS.values()])  # the settings that policies and flights bring along
 
-DecodingConfig = make_dataclass(
-    "DecodingConfig",
-    [(name, f.type, field(default=f.default, metadata=f.metadata)) for name, f in OWNED.items()],
-    bases=(_General,),
-    frozen=True,
-    namespace={
-        "__doc__": "Settings of one decode: those that all take, and those of every policy and flight.",
-        "__module__": __name__,
-    },
-)
+if TYPE_CHECKING:  # which cannot know what policies and flights bring along
+
+    class DecodingConfig(_General):
+        def __init__(self, **settings: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    DecodingConfig = make_dataclass(
+        "DecodingConfig",
+        [(name, f.type, field(default=f.default, metadata=f.metadata)) for name, f in OWNED.items()],
+        bases=(_General,),
+        frozen=True,
+        namespace={
+            "__doc__": "Settings of one decode: those that all take, and those of every policy and flight.",
+            "__module__": __name__,
+        },
+    )
 
 
 def parse_settings(texts: Iterable[str]) -> dict:

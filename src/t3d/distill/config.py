@@ -1,7 +1,8 @@
 """Settings of a distillation run: transformers' `TrainingArguments` plus the method's own."""
 
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
@@ -158,7 +159,7 @@ def defaults(name: str) -> dict[str, object]:
     return {o.name: f.default for o in OBJECTIVES.values() for f in fields(o) if f.name == name}
 
 
-def _field(name: str, f: Field) -> tuple[str, type, Field]:
+def _field(name: str, f: Any) -> tuple[str, Any, Any]:
     """The field of `T3DConfig` for an objective's setting; None is the objective's own default, where they differ."""
     own = defaults(name)
     if len(set(own.values())) == 1:
@@ -171,13 +172,20 @@ def _field(name: str, f: Field) -> tuple[str, type, Field]:
 
 OWNED = merged(OBJECTIVES.values(), defaults_may_differ=True)  # the settings that objectives bring along
 
-T3DConfig = make_dataclass(
-    "T3DConfig",
-    [_field(name, f) for name, f in OWNED.items()],
-    bases=(General,),
-    namespace={
-        "__doc__": "How to distil: `TrainingArguments`, what every objective takes, and the settings of each. The "
-        "defaults are the paper's (arXiv 2602.12262): full fine-tuning at 1e-5, cosine to 10%.",
-        "__module__": __name__,
-    },
-)
+if TYPE_CHECKING:  # which cannot know what objectives bring along
+
+    class T3DConfig(General):
+        def __init__(self, output_dir: str | None = None, **settings: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    T3DConfig = make_dataclass(
+        "T3DConfig",
+        [_field(name, f) for name, f in OWNED.items()],
+        bases=(General,),
+        namespace={
+            "__doc__": "How to distil: `TrainingArguments`, what every objective takes, and the settings of each. The "
+            "defaults are the paper's (arXiv 2602.12262): full fine-tuning at 1e-5, cosine to 10%.",
+            "__module__": __name__,
+        },
+    )

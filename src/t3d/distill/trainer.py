@@ -24,7 +24,7 @@ from t3d.distill.data import StateDataset
 from t3d.distill.logprobs import choose_tokens
 from t3d.distill.lora import add_adapter, plain
 from t3d.distill.meter import Meter, means, peak_flops
-from t3d.distill.objective import Ask, total_loss
+from t3d.distill.objective import Ask, Critical, OnPolicy, total_loss
 from t3d.distill.optim import Muon
 from t3d.distill.prepare import compile_layers, prepare
 from t3d.distill.recompute import checkpoint_layers, recompute_cheap
@@ -148,7 +148,7 @@ class T3DTrainer(Trainer):
             self.reference = self._make_reference(reference)
             self.add_callback(Rounds(self))
         self.critic: Critic | None = None
-        if self.objective.needs_critic:
+        if isinstance(self.objective, Critical) and self.objective.needs_critic:
             rate = self.objective.fake_learning_rate or args.learning_rate
             network = self._copy()
             if args.gradient_checkpointing:
@@ -225,6 +225,7 @@ class T3DTrainer(Trainer):
 
     def _own_contexts(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch's prompts with responses that the student decodes now."""
+        assert isinstance(self.objective, OnPolicy)  # no other has a share of such steps
         items = batch.item.tolist()
         examples, forwarded = own_contexts(
             self.decoder(), self.train_dataset, items, self.objective, [self.args.seed, self.state.global_step]

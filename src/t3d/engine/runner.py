@@ -20,7 +20,7 @@ from t3d.engine.packing import Packing
 from t3d.engine.query import Query
 from t3d.models.family import FamilyModel, LayerParts
 
-ATTENTION = {"sdpa": SDPAttention, "flex": FlexAttention}
+ATTENTION: dict[str, type[SDPAttention | FlexAttention]] = {"sdpa": SDPAttention, "flex": FlexAttention}
 _JOIN_BYTES = 1 << 30  # up to this size a model's projections are copied side by side
 # From this size a weight does not stay in a core's cache. As the left factor it is read once, as it lies; as the right
 # one MKL copies it first, which takes longer than a product with few tokens (benchmarks/faster.py).

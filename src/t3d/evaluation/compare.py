@@ -65,7 +65,7 @@ def compare(a: Iterable[Trajectory], b: Iterable[Trajectory]) -> Comparison:
 
 def _verdicts(side: Iterable[Trajectory]) -> dict[tuple[str, int], bool]:
     if isinstance(side, TrajectoryDataset):  # reads no more of it than this
-        found = zip(side.keys(), side.column("correct"), strict=True)
+        found: Iterable = zip(side.keys(), side.column("correct"), strict=True)
     else:
         found = (((t.prompt_id, t.sample), t.correct) for t in side)
     return {key: correct for key, correct in found if correct is not None}

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
@@ -163,7 +164,7 @@ def load_tokenizer(name: str | os.PathLike):
     transformers_logging.set_verbosity_error()  # it warns that the tokenizer's class is not "sdar"'s own
     said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     try:
-        kind = OWN_TOKENIZERS.get(said.get("tokenizer_class"), AutoTokenizer)
+        kind = OWN_TOKENIZERS.get(said.get("tokenizer_class", ""), AutoTokenizer)
         return kind.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         raise T3DError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
@@ -183,7 +184,7 @@ def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
 def generation_ids(name: str | os.PathLike):
     """`(tokenizer, stop ids, block size or window)` of a checkpoint whose weights are not needed, or not there."""
     folder = local_folder(name)
-    tokenizer, found = load_tokenizer(folder), {}
+    tokenizer, found = load_tokenizer(folder), dict[str, Any]()
     if tokenizer is None:
         raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
     for file in ("config.json", "generation_config.json"):
@@ -198,7 +199,7 @@ def generation_ids(name: str | os.PathLike):
 def plain_config(folder: Path):
     """The configuration of a checkpoint's config.json, as its family reads it; of no family, SDAR's defaults."""
     values = read_json(folder / "config.json")
-    family = FAMILIES.get(values.get("model_type"))
+    family = FAMILIES.get(values.get("model_type", ""))
     return family.config_class.from_dict(values) if family else SDARConfig()
 
 

@@ -1,9 +1,12 @@
 """The report: one HTML file that needs nothing else."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+
+from jinja2 import Template
 
 from t3d.disk import write_whole
 from t3d.errors import T3DError
@@ -20,7 +23,7 @@ from t3d.report.tokens import step_colour
 MARK = b'<meta name="generator" content="t3d">'  # in every report, so that nothing else is overwritten
 
 
-def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportConfig | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path | str], output: Path | str, config: ReportConfig | None = None) -> Path:
     """Write `output` from each run's summary.json, answers and training log, and the plot beside it as SVG and PNG.
 
     Several runs are shown together, e.g. other objectives or seeds.
@@ -57,12 +60,8 @@ def write_report(run_dirs: list[Path | str], output: Path | str, config: ReportC
         # inside <script>, only "<" could end it; "\u003c" is the same in JSON
         "DATA": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     }
-    html = page.joinpath("page.html").read_text(encoding="utf-8")
-    head, *rest = html.split("{{")
-    for part in rest:
-        key, _, text = part.partition("}}")
-        head += fill[key] + text
-    write_whole(output, head)
+    html = Template(page.joinpath("page.html").read_text(encoding="utf-8"), keep_trailing_newline=True)
+    write_whole(output, html.render(fill))
     if curves:
         save_accuracy_plot(curves, output.with_name(f"{output.stem}-accuracy"))
     return output

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
@@ -244,7 +245,7 @@ def get_task(config: TaskConfig, evaluation: bool = False) -> Task:
     `config.name` is a registered name or the path of a Python file that registers one task.
     """
     if evaluation and config.eval_name is not None:
-        others = dict.fromkeys(("dataset", *DATASET_KEYS))
+        others: dict[str, Any] = dict.fromkeys(("dataset", *DATASET_KEYS))
         config = replace(config, name=config.eval_name, path=config.eval_path, **others)
     if config.name.endswith(".py"):
         return _from_file(config.name)(config)
@@ -260,6 +261,8 @@ def _from_file(path: str) -> type[Task]:
     known = dict(_TASKS)
     unique = "t3d_task_" + hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec is not None  # every .py file has both
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     added = [cls for name, cls in _TASKS.items() if known.get(name) is not cls]

@@ -31,7 +31,8 @@ _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last complete `\boxed{...}`, or None; braces may nest. Linear in the text's length."""
-    start, found, opened = -1, None, []
+    start, found = -1, None
+    opened: list[int] = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":

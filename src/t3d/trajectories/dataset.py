@@ -4,6 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -45,12 +46,12 @@ class TrajectoryDataset(Sequence):
                 for group, size in enumerate(_sizes(file)):
                     rows = np.arange(size)
                     places.append(np.stack([np.full(size, number), np.full(size, group), rows], 1))
-        unique = {}
+        unique: dict[tuple[str, int], int] = {}
         for index, key in enumerate(keys):
             unique.setdefault(key, index)
         order = sorted(unique, key=lambda key: (_natural(key[0]), key))
-        places = np.concatenate([np.empty((0, 3), np.int32), *places]).astype(np.int32)
-        self._places = places[np.array([unique[key] for key in order], np.int64)]
+        every = np.concatenate([np.empty((0, 3), np.int32), *places]).astype(np.int32)
+        self._places = every[np.array([unique[key] for key in order], np.int64)]
         self._reset()
 
     def _reset(self):
@@ -68,7 +69,13 @@ class TrajectoryDataset(Sequence):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> Trajectory:
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TrajectoryDataset": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
         shard, group, row = self._places[index].tolist()
         return to_trajectory(self._group(shard, group), row)
 
@@ -87,7 +94,8 @@ class TrajectoryDataset(Sequence):
 
     def column(self, name: str) -> list:
         """One column for all rows, in this dataset's order, reading no other: e.g. `correct`, `length`."""
-        values, starts = [], {}
+        values: list = []
+        starts: dict[tuple[int, int], int] = {}
         for shard in np.unique(self._places[:, 0]).tolist():
             start = len(values)
             for group, size in enumerate(_sizes(self._open(shard))):

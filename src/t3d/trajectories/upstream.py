@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from t3d.errors import T3DError
 from t3d.tasks.records import read_records
@@ -90,7 +91,7 @@ def describe(found: Imported) -> str:
     return "; ".join(reasons) or "none dropped"
 
 
-def _responses(record: dict, where: str, found: Imported) -> Iterator[tuple]:
+def _responses(record: dict, where: str, found: Imported) -> Iterator[tuple[Any, Any, bool | None]]:
     """(text, step map, verdict) of each response of a record."""
     texts = record.get("full_output", record.get("answer"))
     texts = [texts] if isinstance(texts, str) else texts
