@@ -123,6 +123,7 @@ class Decoding(Owned):
     )
     schedule: Literal[tuple(SCHEDULES)] | None = Field(None, description="how tokens are spread over the steps")
     window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
+    approximate_cache: Literal["none", "prefix", "dual"] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     negative_prompt: Text | None = None
     confidence: Literal["untempered", "sampling"] | None = None
