@@ -47,65 +47,58 @@ class SDPAttention:
         """Rows of the batched call, for the first queries: one for each, or one per page in use where each sequence has
         one page."""
         pages, size, packing = self.cache.used_pages, self.cache.page_size, self.packing
-        mine, held = slice(self.short_tokens), packing.holder < short
-        page, holder, index = packing.page[held], packing.holder[held], packing.index[held]
-        query, width = packing.query[mine], int(packing.length[:short].max())
+        held = int(packing.pages[short]) if self.long else len(packing.page)
+        page, holder, index = packing.page[:held], packing.holder[:held], packing.index[:held]
+        query, width = packing.query[: self.short_tokens], int(packing.length[:short].max())
         rows = short if self.paged else pages
-        row_of = np.arange(short) if self.paged else page  # of each query
-        # a part is a page seen by a row: all pages in use, then the shared ones once more for every further row
-        again = np.ones(len(page), dtype=bool)
-        again[np.unique(page, return_index=True)[1]] = False
-        shared = page[again]
-        part = page.copy()
-        part[again] = pages + np.arange(len(shared))
-        owner = np.zeros(pages + len(shared), dtype=np.int64)  # part -> row
-        if not self.paged:
-            owner[:pages] = np.arange(pages)
-        first = np.zeros_like(owner)  # part -> position of its first key
-        owner[part], first[part] = row_of[holder], index * size
-        table = np.zeros((rows, int(index.max()) + 1), dtype=np.int64)
-        absent = np.ones(table.shape, dtype=bool)
-        # absent ones have weight 0; another sequence's NaN would not be stopped by that
-        table[row_of] = part[index == 0][:, None]
-        table[row_of[holder], index], absent[row_of[holder], index] = part, False
-        column = packing.place[mine] - packing.start[query]
-        grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
-        grid[row_of[query], column] = np.arange(self.short_tokens)
-        places = row_of[query] * width + column
-        # unused places see everything: finite, and dropped
+        row = query if self.paged else page[query]  # of each token
+        column = packing.place[: self.short_tokens] - packing.start[query]
+        self.rows, self.width, self.pages = rows, width, pages
+        self.longest = min(int(packing.end[:short].max()), size)
+        self.grid = self.places = self.shared = None
+        if self.short_tokens < rows * width:  # not every row is full, so packing is no reshape
+            grid = np.zeros((rows, width), dtype=np.int64)  # -> packed token; unused places repeat token 0
+            grid[row, column] = np.arange(self.short_tokens)
+            self.grid, self.places = self._tensor(grid.ravel()), self._tensor(row * width + column)
+        # what is seen of each row's places (see `blocks.visible`), or, where that says it all, of how many of the
+        # first; unused places see everything: finite, and dropped
         plain = all(query.plain for query in self.order[:short])
+        sight = np.full((1 if plain else 4, rows, width), _FAR)
         if plain:
-            limit = np.full((rows, width), _FAR)
-            limit[row_of[query], column] = packing.limits[mine]
+            sight[0, row, column] = packing.limits[: self.short_tokens]
         else:
-            sight = np.full((4, rows, width), _FAR)  # see `blocks.visible`
             sight[3] = -1
-            sight[:, row_of[query], column] = packing.sight[:, mine]
-        token, longest = self.short_tokens, min(int(packing.end[:short].max()), size)
-        self.rows, self.width, self.pages, self.longest = rows, width, pages, longest
-        self.shared = self._tensor(shared) if len(shared) else None
-        regular = token == rows * width  # every row full: packing is a reshape
-        self.grid = None if regular else self._tensor(grid.ravel())
-        self.places = None if regular else self._tensor(places)
-        self.mask = None
-        key = torch.arange(longest, device=self.device)
-        hidden = None
-        if plain:
-            seen = limit[owner] - first[:, None]  # (parts, width): keys of the page that the query sees
-            if (seen < longest).any():
-                hidden = key >= self._tensor(seen)[:, :, None]
-        else:
-            shift = sight[:, owner] - first[:, None]  # (4, parts, width), counted from each page's first key
-            shift[3] = np.where(sight[3, owner] < 0, -1, shift[3])
-            hidden = _hidden(self._tensor(shift)[..., None], key)
-        if hidden is not None:
-            # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-            mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
-            self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (parts, 1, width * groups, longest)
+            sight[:, row, column] = packing.sight[:, : self.short_tokens]
         if self.paged:
+            # a part is a page seen by a row: all pages in use, then the shared ones once more for every further row
+            again = np.ones(held, dtype=bool)
+            again[np.unique(page, return_index=True)[1]] = False
+            shared, part = page[again], page.copy()
+            part[again] = pages + np.arange(len(shared))
+            owner = np.zeros(pages + len(shared), dtype=np.int64)  # part -> row
+            first = np.zeros_like(owner)  # part -> position of its first key
+            owner[part], first[part] = holder, index * size
+            table = np.zeros((rows, int(index.max()) + 1), dtype=np.int64)
+            absent = np.ones(table.shape, dtype=bool)
+            # absent ones have weight 0; another sequence's NaN would not be stopped by that
+            table[:] = part[index == 0][:, None]
+            table[holder, index], absent[holder, index] = part, False
             self.owner, self.table = self._tensor(owner), self._tensor(table)
             self.absent = self._tensor(absent)[:, :, None, None]
+            self.shared = self._tensor(shared) if len(shared) else None
+            hole = sight[3:, owner]
+            sight = sight[:, owner] - first[:, None]  # (1 or 4, parts, width), counted from each page's first key
+            sight[3:] = np.where(hole < 0, -1, sight[3:])
+        self.mask = None
+        if plain and (sight >= self.longest).all():
+            return
+        key = torch.arange(self.longest, device=self.device)
+        seen = self._tensor(sight)[..., None]
+        hidden = key >= seen[0] if plain else _hidden(seen, key)
+        # finite, so that a query that sees nothing of a page gives weight 0 in the merge and no NaN
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
+        self.mask = mask.repeat_interleave(self.groups, dim=1)[:, None]  # (parts, 1, width * groups, longest)
 
     def _plan_long(self, dtype: torch.dtype) -> None:
         self.long_plans = []

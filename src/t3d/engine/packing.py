@@ -24,15 +24,16 @@ class Packing:
         self.plain = all(query.plain for query in queries)
         about = [(q.start, q.length, q.sees) for q in queries]
         self.start, self.length, self.end = np.array(about, dtype=np.int64).reshape(-1, 3).T
-        self.first = np.cumsum(self.length) - self.length
-        self.tokens = int(self.length.sum())
-        self.query = np.repeat(np.arange(len(queries)), self.length)
-        self.place = np.arange(self.tokens) + np.repeat(self.start - self.first, self.length)
+        ends, numbers = self.length.cumsum(), np.arange(len(queries))
+        self.first, self.tokens = ends - self.length, int(ends[-1]) if queries else 0
+        self.query = numbers.repeat(self.length)
+        self.place = np.arange(self.tokens) + (self.start - self.first).repeat(self.length)
         count = -(-self.end // cache.page_size)
         read = (q.sequence.pages[:n] for q, n in zip(queries, count.tolist(), strict=True))
         self.page = np.fromiter(chain.from_iterable(read), np.int64)
-        self.holder = np.repeat(np.arange(len(queries)), count)
-        self.index = _counted(count)
+        self.pages = count.cumsum() - count  # those of the queries before
+        self.holder = numbers.repeat(count)
+        self.index = np.arange(len(self.page)) - self.pages.repeat(count)
 
     def positions(self) -> np.ndarray:
         """What rotations go by (tokens,): counted from the first token, so that no origin takes from the model's
@@ -50,9 +51,8 @@ class Packing:
 
     def slots(self) -> np.ndarray:
         """Row of the cache that each token has (tokens,)."""
-        size = self.cache.page_size
-        before = np.searchsorted(self.holder, np.arange(len(self.queries)))  # pages of the queries before
-        return self.page[before[self.query] + self.place // size] * size + self.place % size
+        page, inside = np.divmod(self.place, self.cache.page_size)
+        return self.page[self.pages[self.query] + page] * self.cache.page_size + inside
 
     @cached_property
     def limits(self) -> np.ndarray:
@@ -103,23 +103,17 @@ class Packing:
         if not segments:
             return ids, np.zeros(0, dtype=np.int64)
         lengths = np.array([len(segment) for segment in segments])
-        token = np.repeat(begins, lengths) + _counted(lengths)
+        starts = lengths.cumsum() - lengths
         want = np.concatenate([segment.want for segment in segments])
+        token = np.arange(len(want)) + (np.array(begins) - starts).repeat(lengths)
         ids[token] = np.concatenate([segment.ids for segment in segments])
         if shift:
             token -= shift
-            starts = np.cumsum(lengths) - lengths
             for n, last in behind:
                 token[starts[n]] = last
-        rows = np.where(want, np.cumsum(want) - 1, -1)
+        rows = want.cumsum() * want - 1
         end = 0
         for segment in segments:
             begin, end = end, end + len(segment)
             segment.rows = rows[begin:end]
         return ids, token[want]
-
-
-def _counted(lengths: np.ndarray) -> np.ndarray:
-    """0 .. n for each length n, one after the other."""
-    total = int(lengths.sum())
-    return np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
