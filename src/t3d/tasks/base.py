@@ -62,6 +62,10 @@ class TaskConfig:
     question_field: str | None = _help("field of the question; default: the task's own", default=None)
     answer_field: str | None = _help("field of the reference answer; default: the task's own", default=None)
     id_field: str | None = _help("field of the id; default: 'id' where present, else file and line", default=None)
+    kind: str | None = _help("of parallel_bench: which kind of problem, e.g. copy or shuffle", default=None)
+    size: int | None = _help(
+        "of parallel_bench: how many names, rows or sentences; default: the kind's own", default=None
+    )
     template: str | None = _help("prompt text around {question}; default: the task's own", default=None)
     start_with_think: bool = _help("begin the answer with <think>", default=False)
     num_train: int | None = _help("problems used for rollouts; default: all", default=None)
@@ -271,3 +275,9 @@ def _from_file(path: str) -> type[Task]:
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise T3DError(f"unknown split {split!r}{nearest(split, SPLITS)}; splits are {', '.join(SPLITS)}")
+
+
+def split_of(content: str) -> str:
+    """The split a generated problem belongs to, decided by its content alone: 90% train, 5% dev, 5% test."""
+    bucket = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest(), "big") % 100
+    return "train" if bucket < 90 else "dev" if bucket < 95 else "test"
