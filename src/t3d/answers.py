@@ -6,13 +6,13 @@ in order and all at once, and forgotten after the step.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 
 from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine, FinishedEvent
 from t3d.tasks import Problem, Task, Verdict
-from t3d.trajectories import MESSAGES, Trajectory, TrajectoryWriter
+from t3d.trajectories import CONTEXT, MESSAGES, Trajectory, TrajectoryWriter
 
 JUDGED_TOGETHER = 64  # answers verified at a time, at most
 GROUP_SECONDS = 2.0  # after which those that have ended are verified, however few
@@ -116,6 +116,9 @@ def _named(trajectory: Trajectory, job: Job, verdict: Verdict, task: Task) -> Tr
     problem, extra = job.problem, {}
     if problem.messages is not None:  # `question` tells a chat for people
         extra = {MESSAGES: task.messages(problem, task.prompt_text(problem))}
+    asked = problem.question if problem.messages is None else problem.messages[-1]["content"]
+    if passages := task.retrieved(asked):
+        extra[CONTEXT] = [asdict(passage) for passage in passages]
     return replace(
         trajectory,
         prompt_id=problem.id,

@@ -74,6 +74,10 @@ def settings(recipe: Recipe, stage: str, student: bool = True) -> dict:
         ignored += ("rollout.retr",)  # the runs of versions that knew none keep their names in a study
     if recipe.task.dataset is None:
         ignored += ("task.dataset_",)  # likewise
+    if recipe.task.retrieve is None:
+        ignored += ("task.retrieve",)
+    if recipe.task.kind is None:
+        ignored += ("task.kind", "task.size")
     flat = {}
     for name, value in recipe.to_dict().items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -145,6 +145,11 @@
     list();
     const problem = data.problems[current];
     $("question").textContent = problem.question;
+    $("context").replaceChildren(...problem.context.map((passage) => {
+      const found = make("details", "", "");
+      found.append(make("summary", "", `retrieved: ${passage.source}`), make("p", "", passage.text));
+      return found;
+    }));
     $("answer").textContent = problem.answer === null ? "" : `reference answer: ${problem.answer}`;
     panes.forEach((p) => p.load(problem));
     const steps = Math.max(...panes.flatMap((p) => p.answer.steps)) + 1;

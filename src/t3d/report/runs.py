@@ -12,7 +12,7 @@ from t3d.evaluation.compare import reference_row
 from t3d.evaluation.rows import EXTRACTED, REASON, setting
 from t3d.evaluation.summary import read_summary, series
 from t3d.report.tokens import token_texts
-from t3d.trajectories import Trajectory, TrajectoryDataset
+from t3d.trajectories import CONTEXT, Trajectory, TrajectoryDataset
 
 # what the Trainer logs besides the curves
 _NO_CURVES = {"epoch", "step", "total_flos", "train_loss"}
@@ -137,6 +137,7 @@ def viewer_data(rows: list[Row], problems: list[tuple[str, int]]) -> dict:
             {
                 "id": key[0] + (f" #{key[1]}" if key[1] else ""),
                 "question": found[0].question or "",
+                "context": found[0].extra.get(CONTEXT, []),
                 "answer": found[0].answer,
                 "answers": [_answer(t) for t in found],
             }

@@ -11,7 +11,7 @@ from t3d.embedded import checkpoint
 from t3d.errors import T3DError
 from t3d.models import load_tokenizer
 from t3d.report.tokens import step_colour, token_texts
-from t3d.trajectories import Trajectory, TrajectoryDataset
+from t3d.trajectories import CONTEXT, Trajectory, TrajectoryDataset
 
 BESIDE = 100  # columns from which two answers stand side by side
 
@@ -95,7 +95,9 @@ def show_folders(
 
 def _about(t: Trajectory) -> list[Text]:
     head = Text.assemble((t.prompt_id or "trajectory", "bold"), f"  sample {t.sample}" if t.sample else "")
-    return [head, Text(t.question, "italic")] if t.question else [head]
+    asked = [Text(t.question, "italic")] if t.question else []
+    found = [Text(f"retrieved, {passage['source']}: {passage['text']}", "dim") for passage in t.extra.get(CONTEXT, ())]
+    return [head, *asked, *found]
 
 
 def _folders(path: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
+from t3d.tasks.retrieval import Passage, index_of
 
 SPLITS = ("train", "dev", "test")
 STOP, DROP = "stop", "drop"  # what to do about prompts that cannot be decoded
@@ -63,7 +65,17 @@ class TaskConfig:
     question_field: str | None = _help("field of the question; default: the task's own", default=None)
     answer_field: str | None = _help("field of the reference answer; default: the task's own", default=None)
     id_field: str | None = _help("field of the id; default: 'id' where present, else file and line", default=None)
+    kind: str | None = _help("of parallel_bench: which kind of problem, e.g. copy or shuffle", default=None)
+    size: int | None = _help(
+        "of parallel_bench: how many names, rows or sentences; default: the kind's own", default=None
+    )
     template: str | None = _help("prompt text around {question}; default: the task's own", default=None)
+    retrieve: str | None = _help(
+        "folder or file of documents (txt, md, jsonl with `text`): their best passages fill {context} of the template",
+        default=None,
+    )
+    retrieve_passages: int = _help("of retrieve: most passages for a question", default=3)
+    retrieve_words: int = _help("of retrieve: most words in a passage", default=128)
     start_with_think: bool = _help("begin the answer with <think>", default=False)
     num_train: int | None = _help("problems used for rollouts; default: all", default=None)
     num_eval: int | None = _help("problems used for evaluation; default: all", default=None)
@@ -77,6 +89,9 @@ class TaskConfig:
     def __post_init__(self):
         if self.bad_prompts not in (STOP, DROP):
             raise T3DError(f"task.bad_prompts is {STOP!r} or {DROP!r}, got {self.bad_prompts!r}")
+        for name in ("retrieve_passages", "retrieve_words"):
+            if getattr(self, name) < 1:
+                raise T3DError(f"task.{name} must be at least 1, got {getattr(self, name)}")
         if self.dataset is None:
             for name in DATASET_KEYS:
                 if getattr(self, name) is not None:
@@ -96,6 +111,9 @@ class Task:
         self.template = self.template if config.template is None else config.template
         if "{question}" not in self.template:
             raise T3DError(f"task.template must contain {{question}}, got {self.template!r}")
+        if config.retrieve is not None and "{context}" not in self.template:
+            where = "where what task.retrieve finds goes"
+            raise T3DError(f"task.template must contain {{context}}, {where}, got {self.template!r}")
 
     def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
         """`n` problems of "train", "dev" or "test" (all if None); `seed` defaults to the config's `data_seed`."""
@@ -111,8 +129,22 @@ class Task:
         A chat's last message is whole without the task's own template; `task.template` goes around it.
         """
         if problem.messages is None:
-            return self.template.replace("{question}", problem.question)
-        return (self.config.template or "{question}").replace("{question}", problem.messages[-1]["content"])
+            return self.fill(self.template, problem.question)
+        return self.fill(self.config.template or "{question}", problem.messages[-1]["content"])
+
+    def retrieved(self, question: str) -> list[Passage]:
+        """What `task.retrieve` finds for a question, the best first; nothing without it."""
+        if self.config.retrieve is None:
+            return []
+        index = index_of(self.config.retrieve, self.config.retrieve_words)
+        return index.search(question, self.config.retrieve_passages)
+
+    def fill(self, template: str, question: str) -> str:
+        """The template with the question and, with `task.retrieve`, the passages found for it, blank lines between."""
+        parts = {"{question}": question}
+        if self.config.retrieve is not None and "{context}" in template:
+            parts["{context}"] = "\n\n".join(passage.text for passage in self.retrieved(question))
+        return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)  # in one go: no nesting
 
     def messages(self, problem: Problem, text: str) -> list[dict]:
         """The chat that ends with `text`, the user's message."""
@@ -160,7 +192,7 @@ class Task:
         """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""
         if decoding.negative_prompt is None:
             return decoding
-        text = self.template.replace("{question}", decoding.negative_prompt)
+        text = self.fill(self.template, decoding.negative_prompt)
         text = _rendered([{"role": "user", "content": text}], tokenizer, "negative_prompt")
         return replace(decoding, negative_prompt=text + Task.answer_start(self, Problem("", "")))
 
@@ -274,3 +306,9 @@ def _from_file(path: str) -> type[Task]:
 def check_split(split: str) -> None:
     if split not in SPLITS:
         raise T3DError(f"unknown split {split!r}{nearest(split, SPLITS)}; splits are {', '.join(SPLITS)}")
+
+
+def split_of(content: str) -> str:
+    """The split a generated problem belongs to, decided by its content alone: 90% train, 5% dev, 5% test."""
+    bucket = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest(), "big") % 100
+    return "train" if bucket < 90 else "dev" if bucket < 95 else "test"

@@ -61,7 +61,7 @@ class CodeTask(FileTask):
 
     def prompt_text(self, problem: Problem) -> str:
         stdio = problem.extra["method"] == "stdio" and self.config.template is None
-        return (STDIO if stdio else self.template).replace("{question}", problem.question)
+        return self.fill(STDIO if stdio else self.template, problem.question)
 
     def answer_start(self, problem: Problem) -> str:
         return super().answer_start(problem) or problem.extra["prefix"]

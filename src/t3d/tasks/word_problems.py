@@ -9,13 +9,12 @@ A problem's content (story, names, item, numbers; not its wording) decides by ha
 or test problem, so the splits are disjoint for all seeds.
 """
 
-import hashlib
 from collections.abc import Iterator
 from itertools import product
 from random import Random
 
 from t3d.errors import T3DError
-from t3d.tasks.base import Problem, Task, Verdict, check_split, register
+from t3d.tasks.base import Problem, Task, Verdict, check_split, register, split_of
 from t3d.tasks.math import equal, last_boxed
 from t3d.tasks.tokenizer import word_tokenizer
 
@@ -179,12 +178,6 @@ STORIES = {
     "pool": _pool,
     "shop": _shop,
 }
-
-
-def split_of(content: str) -> str:
-    """The split a problem belongs to, decided by its content alone: 90% train, 5% dev, 5% test."""
-    bucket = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest(), "big") % 100
-    return "train" if bucket < 90 else "dev" if bucket < 95 else "test"
 
 
 def _draw(rng: Random) -> tuple[str, list, dict]:

@@ -1,8 +1,9 @@
 from t3d.trajectories.dataset import TrajectoryDataset, as_begun, read_metadata, read_trajectories
-from t3d.trajectories.record import MESSAGES, NFE, Trajectory, validate
+from t3d.trajectories.record import CONTEXT, MESSAGES, NFE, Trajectory, validate
 from t3d.trajectories.store import TrajectoryWriter
 
 __all__ = [
+    "CONTEXT",
     "MESSAGES",
     "NFE",
     "Trajectory",

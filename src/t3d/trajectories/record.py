@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FINISH_REASONS = ("stop", "length")
 MESSAGES = "messages"  # key of Trajectory.extra: the chat that the prompt was made of, where it was one
+CONTEXT = "context"  # another: the passages retrieved for the question, each with `source` and `text`
 
 
 @dataclass(frozen=True)
