@@ -303,6 +303,8 @@ def read_yaml(path: Path) -> dict:
         raise T3DError(f"{path} is not a recipe: not a text file") from error
     except yaml.YAMLError as error:
         raise T3DError(f"{path}{_yaml_message(error)}") from error
+    except (ValueError, RecursionError) as error:  # a date that is none, sections without end
+        raise T3DError(f"{path} is not a recipe: {str(error).splitlines()[0]}") from error
     except (OmegaConfBaseException, AssertionError) as error:  # it asserts that the text is a mapping or a list
         raise T3DError(f"{path} is not a recipe: {str(error) or 'expected sections of keys'}") from error
     if not isinstance(config, DictConfig) or not config:

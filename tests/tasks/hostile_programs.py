@@ -176,6 +176,38 @@ for fd in range(3, 64):
     try: os.write(fd, b'{"names": {"f": ["h", 0], "abs": ["h", 0]}}\\n{"value": ["B", "object"], "changed": {}}\\n')
     except OSError: pass
 """,
+    "forges what the tests compute with": """
+import os
+def f(x): return 5
+for fd in range(3, 64):
+    try: os.write(fd, b'{"names": {"f": ["B", "object"], "__builtins__": ["d", []]}}\\n')
+    except OSError: pass
+""",
+    "import hooks": """
+import builtins, json, sys
+class Finder:
+    def find_spec(self, *args): return None
+sys.meta_path.insert(0, Finder())
+sys.addaudithook(lambda *args: None)
+json.dumps = lambda *args: '{"value": 4, "changed": {}, "passed": [true]}'
+builtins.compile = lambda *args: (lambda: None).__code__
+def f(x): return 5
+""",
+    "at the end": """
+import atexit, os
+for fd in range(64):
+    atexit.register(lambda fd=fd: os.write(fd, b'[[true], ""]'))
+def f(x): return 5
+""",
+    "stops its group": """
+import os, signal
+def f(x):
+    for _ in range(1000):
+        for target in (0, os.getppid()):
+            for number in (signal.SIGUSR1, signal.SIGSTOP, signal.SIGALRM):
+                try: os.kill(target, number)
+                except OSError: pass
+""",
     "a number that takes for ever to read": """
 from decimal import Decimal
 from fractions import Fraction

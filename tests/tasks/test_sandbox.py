@@ -1,5 +1,8 @@
 import contextlib
+import ctypes
 import os
+import platform
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import pytest
 from t3d.errors import T3DError
 from t3d.tasks import sandbox
 from t3d.tasks.sandbox import Sandbox, _isolation
+from tests.tasks.escapes import PROBES
 from tests.tasks.hostile_programs import HOSTILE, SLOW
 
 ISOLATION, WHY = _isolation()
@@ -184,8 +188,6 @@ def big():
 
 @isolated
 def test_a_program_sees_and_reaches_nothing(box, tmp_path, monkeypatch):
-    import socket
-
     monkeypatch.setenv("T3D_SECRET", "hunter2")
     secret = tmp_path / "secret"
     secret.write_text("x")
@@ -207,6 +209,52 @@ def test_a_program_sees_and_reaches_nothing(box, tmp_path, monkeypatch):
     assert secret.read_text() == "x"
     assert not (tmp_path / "new").exists()
     assert not Path("/tmp/mine").exists()
+
+
+ESCAPES = {  # a probe of escapes.py -> what it is to give
+    "descriptors()": [],
+    "namespaces()": [],
+    "other_processes()": [],
+    "sockets(LISTENER)": [],
+    "files()": [],
+    "full_disk()": (0, True),
+    "limits()": ([], (1, 1)),
+    "privileges()": ([], 1, 2),  # no new ones, and the filter is on
+    "kernel_interfaces()": [],
+    "other_architectures()": [],
+}
+FILTERED = {"privileges()", "kernel_interfaces()", "other_architectures()", "sockets(LISTENER)"}
+
+
+@pytest.fixture(scope="module")
+def escaped():
+    """What came of every escape, tried by one program."""
+    if ISOLATION == "none":
+        pytest.skip(f"no isolation here: {WHY}")
+    if platform.machine() != "x86_64":
+        pytest.skip("the escapes know the numbers of x86-64")
+    name = f"t3d-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0" + name)
+        listener.listen()
+        tests = [f"x = {probe.replace('LISTENER', repr(name))}\nassert x == {ok!r}, x" for probe, ok in ESCAPES.items()]
+        first = Sandbox().function(PROBES, tests, seconds=15)
+    return first, dict(zip(ESCAPES, first.passed, strict=True))
+
+
+@pytest.mark.parametrize("probe", ESCAPES)
+def test_no_escape_gets_through(escaped, probe):
+    outcome, passed = escaped
+    if probe in FILTERED and not _libseccomp():
+        pytest.skip("libseccomp is not installed")
+    assert passed[probe], outcome.reason
+
+
+def _libseccomp() -> bool:
+    try:
+        return bool(ctypes.CDLL("libseccomp.so.2"))
+    except OSError:
+        return False
 
 
 def test_names_of_the_program_do_not_reach_the_checker(box):

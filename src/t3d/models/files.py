@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict:
     """A JSON object; T3DError names the file that is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise T3DError(f"cannot read the configuration {path}: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise T3DError(f"cannot read the configuration {path}: it is not a JSON object")
@@ -69,6 +69,8 @@ def check_weights(folder: Path) -> None:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise T3DError(f"{folder / INDEX} has no weight_map")
+        if strange := [name for name in names.values() if not isinstance(name, str) or Path(name).name != name]:
+            raise T3DError(f"{folder / INDEX}: weight_map names {strange[0]!r}, which is no file of this folder")
         files = sorted(set(names.values()))
     else:
         files = [WEIGHTS]

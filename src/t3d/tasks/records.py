@@ -110,14 +110,14 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, object]]:
             return
         try:
             yield f"line {number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
             raise T3DError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
         records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise T3DError(f"{path}: not a JSON array ({error})") from error
     yield from ((f"record {number}", record) for number, record in enumerate(records, start=1))
 

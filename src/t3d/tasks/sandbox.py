@@ -157,7 +157,7 @@ class _Process:
     def __init__(self, isolation, part, job, seconds, fds=(), output=False, stdin=None):
         self.folder = tempfile.mkdtemp(prefix="t3d-sandbox-")
         cpu = int(seconds + START + 0.999)
-        limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILE, "NOFILE": 64, "CORE": 0}
+        limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILE, "NOFILE": 64, "CORE": 1}  # 0 would not stop a core handler
         if isolation != "none":  # elsewhere the user's own processes count too
             limits["NPROC"] = PROCESSES
         job = job | {

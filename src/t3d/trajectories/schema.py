@@ -82,12 +82,12 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
     """
     try:
         file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        packed = file.schema_arrow.metadata or {}
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name that is not UTF-8
         raise damaged(path, error) from error
-    packed = file.schema_arrow.metadata or {}
     if VERSION_KEY not in packed or METADATA_KEY not in packed:
         raise T3DError(f"{path} is Parquet, but not a file of t3d; docs/trajectories.md gives the schema")
-    version = packed[VERSION_KEY].decode()
+    version = packed[VERSION_KEY].decode(errors="replace")
     if version not in READABLE:
         raise T3DError(
             f"{path} has trajectory format version {version}, this t3d reads {FORMAT_VERSION}; "
@@ -100,7 +100,11 @@ def open_shard(path: Path) -> tuple[pq.ParquetFile, dict]:
         found = None if index < 0 else file.schema_arrow.field(index).type
         if found is None or not (found == field.type or _same_list(found, field.type)):
             raise T3DError(f"{path}: column {field.name!r} should be {field.type}, found {found or 'none'}")
-    return file, json.loads(packed[METADATA_KEY])
+    try:
+        metadata = json.loads(packed[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    return file, metadata
 
 
 def _same_list(a: pa.DataType, b: pa.DataType) -> bool:
@@ -108,7 +112,7 @@ def _same_list(a: pa.DataType, b: pa.DataType) -> bool:
 
 
 def damaged(path: Path, error: Exception) -> T3DError:
-    first = str(error).splitlines()[0]
+    first = (str(error).splitlines() or [type(error).__name__])[0]
     return T3DError(f"cannot read {path}: {first} (truncated or not Parquet? move it away and run again)")
 
 

@@ -117,6 +117,11 @@ def _trajectory(record, text, steps, verdict, tokenizer, stop_ids, block_size, t
             raise _Unusable(reason)
 
     check(isinstance(text, str) and bool(text), "without text")
+    texts = (text, *(record.get(name) for name in ("prompt", "question", "ground_truth_answer")))
+    whole = not any(
+        "\ud800" <= character <= "\udfff" for value in texts if isinstance(value, str) for character in value
+    )
+    check(whole, "with half of a character")
     check(isinstance(steps, list) and bool(steps), "without step_map")
     check(all(type(step) is int for step in steps), "with a step map that is not made of integers")
     check(min(steps) > 0, "with tokens that were never unmasked")
