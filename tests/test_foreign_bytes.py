@@ -44,7 +44,7 @@ def test_shards_with_damaged_metadata(tmp_path):
     path = tmp_path / "a.parquet"
     for version, metadata in ((b"3", b"{"), (b"3", b"\xff"), (b"\xff", b"{}")):
         schema = SCHEMA.with_metadata({b"t3d_format_version": version, b"t3d": metadata})
-        pq.write_table(pa.Table.from_pylist([], schema=schema), path, store_schema=False)
+        pq.write_table(pa.Table.from_pylist([], schema=schema), path)
         refused(lambda: open_shard(path))
 
 
