@@ -69,7 +69,7 @@ def check_weights(folder: Path) -> None:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise T3DError(f"{folder / INDEX} has no weight_map")
-        if strange := [name for name in names.values() if not isinstance(name, str) or Path(name).name != name]:
+        if strange := [n for n in names.values() if not (isinstance(n, str) and n and Path(n).name == n)]:
             raise T3DError(f"{folder / INDEX}: weight_map names {strange[0]!r}, which is no file of this folder")
         files = sorted(set(names.values()))
     else:
