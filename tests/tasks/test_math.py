@@ -1,6 +1,8 @@
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +223,14 @@ def test_forked_children_have_their_own_helper():
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(verify_math, [(boxed(f"a+{i}"), f"{i}+a") for i in range(2, 8)]) == [True] * 6
     assert verify_math(boxed("a+b"), "b+a")
+
+
+def test_what_is_mapped_before_does_not_count():
+    """A CUDA build of torch maps 3 GiB when it is imported."""
+    script = "import mmap; held = mmap.mmap(-1, 3 << 30); from t3d.tasks.math_worker import main; main()"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, input='["1/2", "0.5", 30]\n', capture_output=True, text=True)
+    assert done.stdout == "ready\n1\n", done.stderr
 
 
 def test_exceptions_are_documented():
