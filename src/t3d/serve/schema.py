@@ -50,7 +50,7 @@ class Strict(BaseModel):
     @classmethod
     def _unicode(cls, body: Any) -> Any:
         try:
-            json.dumps(body, ensure_ascii=False).encode()
+            json.dumps(body, ensure_ascii=False, default=repr).encode()  # bytes, where it was not sent as JSON
         except UnicodeEncodeError:
             raise PydanticCustomError("invalid_unicode", "the body has half a surrogate pair in it") from None
         return body
