@@ -85,7 +85,7 @@ def run(sequence: "Sequence"):
         index = row(block, segments).logits
         places = block.masked().nonzero()[0]
         walk.step(block, places, logits.rows(index[places]))
-        if not block.masked().any():
+        if block.full():
             sequence.finish(block)
             if block.end == sequence.request.end:
                 return

@@ -36,7 +36,7 @@ class LinearSpec(Flight):
             segments = verification(block, draft)
             logits = yield segments
             settle(sequence, block, draft, logits.rows(segments[1].rows[places]))
-            if not block.masked().any():
+            if block.full():
                 sequence.finish(block)
                 if block.end == sequence.request.end:
                     return

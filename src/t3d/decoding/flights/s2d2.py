@@ -54,7 +54,7 @@ class S2D2(Flight):
                 settle(sequence, block, draft, logits.rows(segments[1].rows[places]))
             else:
                 yield [Row(block, np.where(sequence.window(block), drafting.rows, -1))]
-            if not block.masked().any():
+            if block.full():
                 sequence.finish(block)
                 if block.end == sequence.request.end:
                     return
