@@ -7,6 +7,7 @@ Nothing meets another document or padding. Importing this registers it with tran
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ class BlockPlan:
     order: Tensor | None
     pieces: list[Piece]
     _masks: dict[torch.dtype, list[Tensor | None]] = field(default_factory=dict)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """int64 (pieces, 5): `start`, `end`, `prefix`, `limit` and `own` of each piece."""
+        return torch.tensor([[p.start, p.end, p.prefix, p.limit, p.own] for p in self.pieces])
 
     def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Of each piece the mask that is added to its scores, or None."""
@@ -100,6 +106,30 @@ def _piece(start: int, end: int, prefix: int, limit: int, own: int, *places: Ten
     return Piece(start, end, prefix, limit, own, None if mask.all() else mask)
 
 
+@torch.library.custom_op("t3d::block_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, masks: list[Tensor | None], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every piece's attention and the logarithms of its sums of weights, (kv_heads, groups, tokens).
+
+    An operator of its own, because activation checkpointing looks at every call of an operator in Python: it keeps
+    these two tensors, and never sees a thousand slices.
+    """
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for piece, mask in zip(bounds.tolist(), masks, strict=True):
+        start, end = piece[:2]
+        out[:, :, start:end], lse[:, :, start:end] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, start:end], _keys(k, piece, q), _keys(v, piece, q), attn_mask=mask, scale=scale
+        )
+    return out, lse
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, masks: list[Tensor | None], scale: float):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 class _BlockAttention(torch.autograd.Function):
     """q (kv_heads, groups, tokens, dim); k, v (kv_heads, tokens, dim); all in the plan's order.
 
@@ -109,13 +139,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float):
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for piece, mask in zip(plan.pieces, plan.masks(q.dtype), strict=True):
-            queries = slice(piece.start, piece.end)
-            out[:, :, queries], lse[:, :, queries] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, queries], _keys(k, piece, q), _keys(v, piece, q), attn_mask=mask, scale=scale
-            )
+        out, lse = attend(q, k, v, plan.bounds, plan.masks(q.dtype), scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -124,35 +148,36 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for piece, mask in zip(ctx.plan.pieces, ctx.plan.masks(q.dtype), strict=True):
-            queries = slice(piece.start, piece.end)
-            dq[:, :, queries], *both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, queries],
-                q[:, :, queries],
-                _keys(k, piece, q),
-                _keys(v, piece, q),
-                out[:, :, queries],
-                lse[:, :, queries],
+        for bounds, mask in zip(ctx.plan.bounds.tolist(), ctx.plan.masks(q.dtype), strict=True):
+            start, end, prefix, limit, own = bounds
+            dq[:, :, start:end], *both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, start:end],
+                q[:, :, start:end],
+                _keys(k, bounds, q),
+                _keys(v, bounds, q),
+                out[:, :, start:end],
+                lse[:, :, start:end],
                 0.0,
                 False,
                 attn_mask=mask,
                 scale=ctx.scale,
             )
-            seen = piece.limit - piece.prefix
+            seen = limit - prefix
             for total, part in zip((dk, dv), both, strict=True):
                 part = part.sum(1)
                 if seen:
-                    total[:, piece.prefix : piece.limit] += part[:, :seen]
-                total[:, piece.own : piece.end] += part[:, seen:]
+                    total[:, prefix:limit] += part[:, :seen]
+                total[:, own:end] += part[:, seen:]
         return dq, dk, dv, None, None
 
 
-def _keys(x: Tensor, piece: Piece, q: Tensor) -> Tensor:
+def _keys(x: Tensor, bounds: list[int], q: Tensor) -> Tensor:
     """A piece's keys or values for every query head, (kv_heads, groups, keys, dim), without a copy per group."""
-    own = x[:, piece.own : piece.end]
-    if piece.limit > piece.prefix:
-        own = torch.cat([x[:, piece.prefix : piece.limit], own], 1)
-    return own[:, None].expand(-1, q.shape[1], -1, -1)
+    _, end, prefix, limit, own = bounds
+    keys = x[:, own:end]
+    if limit > prefix:
+        keys = torch.cat([x[:, prefix:limit], keys], 1)
+    return keys[:, None].expand(-1, q.shape[1], -1, -1)
 
 
 def block_sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, plan=None, **kwargs):

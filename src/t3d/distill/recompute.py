@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+import t3d.block_attention  # registers its operator
+
 _aten = torch.ops.aten
 KEPT = {
+    torch.ops.t3d.block_attention.default,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
