@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import t3d.block_attention  # registers its operator
+import t3d.block_attention  # noqa: F401, its operator is named below
 
 _aten = torch.ops.aten
 KEPT = {
