@@ -35,8 +35,8 @@ def write(path, kind, quantised=False, architecture=None, scaling=None, without=
     """A small model of this type as a GGUF file; returns the model."""
     torch.manual_seed(0)
     gemma, vocabulary = kind == "gemma3", len(TOKENS)
-    ids = {"bos_token_id": 257, "eos_token_id": STOP[kind], "pad_token_id": None, "tie_word_embeddings": gemma}
-    ids |= {"norm_topk_prob": True} if kind == "qwen3moe" else {}
+    more = {"bos_token_id": 257, "eos_token_id": STOP[kind], "pad_token_id": None, "tie_word_embeddings": gemma}
+    more |= {"norm_topk_prob": True} if kind == "qwen3moe" else {}
     config = AutoConfig.for_model(
         KINDS[kind], **SHAPE, **ids, vocab_size=vocabulary, dtype="float32", rms_norm_eps=1e-6
     )
