@@ -37,9 +37,8 @@ def write(path, kind, quantised=False, architecture=None, scaling=None, without=
     gemma, vocabulary = kind == "gemma3", len(TOKENS)
     more = {"bos_token_id": 257, "eos_token_id": STOP[kind], "pad_token_id": None, "tie_word_embeddings": gemma}
     more |= {"norm_topk_prob": True} if kind == "qwen3moe" else {}
-    config = AutoConfig.for_model(
-        KINDS[kind], **SHAPE, **ids, vocab_size=vocabulary, dtype="float32", rms_norm_eps=1e-6
-    )
+    more |= {"vocab_size": vocabulary, "rms_norm_eps": 1e-6}
+    config = AutoConfig.for_model(KINDS[kind], **SHAPE, **more, dtype="float32")
     model = AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
