@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --minutes 60 --json chaos.json
 
-First every stage is run once without disturbance. Then they are run again and again, each with up to `--disturb`
-disturbances at random moments. After each disturbance the same command is given again, until it ends. The exit code is
+Every stage is run once without disturbance, and then again and again, each time with up to `--disturb` disturbances at
+random moments. After each disturbance the same command is given again, until it ends. The exit code is
 1 where something differs, a command has a traceback, or one cannot go on.
 
 The stage `rollout` needs `t3d[ray]`; `train` and `rl` need `rollout` before them. Linux only. Only root has a disk to
@@ -49,7 +49,7 @@ STUDY = {
     "against": ["mean-field"],
 }
 DISK = "384m"
-HANGS = 600.0  # seconds after which a command counts as one that never ends
+HANGS = 900.0  # seconds after which a command counts as one that never ends
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,35 @@ class Failure(Exception):
 
 @dataclass
 class Tally:
-    """What happened to one stage, and the seconds that it took in all rounds."""
+    """What happened to one stage in all rounds, and the `wall` and `processor` seconds that its commands took."""
 
-    undisturbed: dict[str, float] = field(default_factory=dict)
+    undisturbed: Counter = field(default_factory=Counter)  # seconds of one round
+    disturbed: Counter = field(default_factory=Counter)  # seconds of all rounds
     rounds: int = 0
-    disturbed: Counter = field(default_factory=Counter)
+    disturbances: Counter = field(default_factory=Counter)  # by kind
     refusals: int = 0  # exit code 2 and one line
-    wall: float = 0.0
-    processor: float = 0.0
 
     def cost(self, clock: str) -> float | None:
-        """Seconds of work done again per disturbance."""
-        number = self.disturbed.total()
-        return (getattr(self, clock) - self.rounds * self.undisturbed[clock]) / number if number else None
+        """Seconds of work done again, for each disturbance."""
+        number = self.disturbances.total()
+        return (self.disturbed[clock] - self.rounds * self.undisturbed[clock]) / number if number else None
 
     def to_dict(self) -> dict:
-        costs = {f"{clock}_per_disturbance": self.cost(clock) for clock in ("wall", "processor")}
-        return vars(self) | costs
+        return vars(self) | {"cost": {clock: self.cost(clock) for clock in ("wall", "processor")}}
+
+
+@dataclass
+class Report:
+    seed: int
+    left_out: dict[str, str]  # kinds of disturbance, and why
+    failures: list[str] = field(default_factory=list)
+    stages: dict[str, Tally] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        values = vars(self) | {"stages": {name: tally.to_dict() for name, tally in self.stages.items()}}
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(path)
 
 
 # What disturbs: each is given the command's process and folder, and undoes what it did when the command has ended.
@@ -246,7 +258,7 @@ def survive(stage: Stage, cwd: Path, streams: Path, kinds: list[str], tally: Tal
         code, happened = call(stage, cwd, streams, kind, tally.undisturbed["wall"] if kind else 0.0)
         stderr = (streams / "stderr").read_text()
         if happened:
-            tally.disturbed[kind] += 1
+            tally.disturbances[kind] += 1
             history.append(kind)
         last = (stderr.splitlines() or [""])[-1]
         refusal = code == 2 and last.startswith("error: ")
@@ -276,8 +288,8 @@ def sweep() -> None:
 
 
 @contextlib.contextmanager
-def timed(into: Callable[[str, float], None]) -> Iterator[None]:
-    """Wall and processor seconds of the commands of the block, whose processes are all gone after it."""
+def timed(into: Counter) -> Iterator[None]:
+    """Add the seconds of the commands in the block, whose processes are all gone after it."""
 
     def processor() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -287,9 +299,9 @@ def timed(into: Callable[[str, float], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        into("wall", time.monotonic() - wall)
+        wall = time.monotonic() - wall
         sweep()
-        into("processor", processor() - before)
+        into.update(wall=wall, processor=processor() - before)
 
 
 def outcome(folder: Path) -> dict:
@@ -324,54 +336,55 @@ def compare(expected: dict, found: dict) -> None:
         raise Failure(f"{len(differ)} of {len(expected)} results differ: {', '.join(differ[:5])}")
 
 
-def chaos(stages: dict[str, Stage], disk: Path, streams: Path, kinds: list[str], most: int, end: float, save) -> list:
-    """Disturb the stages in turn, every one at least once, until the time `end`. Returns the failures.
-
-    save: is called with the tallies and the failures so far, after every stage.
-    """
-    tallies, failures, expected = {name: Tally() for name in stages}, [], {}
-    calm, cwd = disk / "undisturbed", disk / "disturbed"
-    for name, stage in stages.items():
-        prepare(calm)
-        try:
-            with timed(tallies[name].undisturbed.__setitem__):
-                survive(stage, calm, streams, [], Tally())
-            expected[name] = outcome_of(stage, calm, streams)
-        except Failure as failure:
-            sys.exit(f"{name} does not end well even undisturbed: {failure}")
-        print(f"{name}: undisturbed {tallies[name].undisturbed}, {len(expected[name])} results", flush=True)
-    shutil.rmtree(calm)
+def chaos(
+    stages: dict[str, Stage], disk: Path, streams: Path, kinds: list[str], most: int, end: float, report: Report
+) -> Iterator[None]:
+    """Disturb the stages in turn, every one at least once, until the time `end`; stops after each of them."""
+    calm, cwd, expected, broken = disk / "undisturbed", disk / "disturbed", {}, False
     for number, (name, stage) in enumerate(cycle(stages.items())):
         if number >= len(stages) and time.monotonic() > end:
-            break
+            return
         if number % len(stages) == 0:
             shutil.rmtree(cwd, ignore_errors=True)
             broken = False
+        if name not in expected:
+            report.stages[name] = Tally()
+            expected[name] = undisturbed(stage, prepared(calm), streams, report.stages[name])
+            print(
+                f"{name}: undisturbed {dict(report.stages[name].undisturbed)}, {len(expected[name])} results",
+                flush=True,
+            )
         if broken:
-            continue  # what follows would build on it
-        prepare(cwd)
-        tally = tallies[name]
-
-        def add(clock: str, seconds: float, tally: Tally = tally) -> None:
-            setattr(tally, clock, getattr(tally, clock) + seconds)
-
+            continue  # this stage would build on what the one before it left
+        tally = report.stages[name]
         try:
-            with timed(add):
-                survive(stage, cwd, streams, random.choices(kinds, k=random.randint(1, most)), tally)
+            with timed(tally.disturbed):
+                survive(stage, prepared(cwd), streams, random.choices(kinds, k=random.randint(1, most)), tally)
             compare(expected[name], outcome_of(stage, cwd, streams))
         except Failure as failure:
             broken = True
-            failures.append(f"{name}: {failure}")
-            print(f"FOUND {failures[-1]}", flush=True)
+            report.failures.append(f"{name}: {failure}")
+            print(f"FOUND {report.failures[-1]}", flush=True)
         tally.rounds += 1
-        print(f"{name}: {tally.rounds} rounds, {dict(tally.disturbed)}, {tally.refusals} refusals", flush=True)
-        save(tallies, failures)
-    return failures
+        print(f"{name}: {tally.rounds} rounds, {dict(tally.disturbances)}, {tally.refusals} refusals", flush=True)
+        yield
 
 
-def prepare(cwd: Path) -> None:
+def undisturbed(stage: Stage, cwd: Path, streams: Path, tally: Tally) -> dict:
+    """The outcome to compare with; the script ends where there is none."""
+    try:
+        with timed(tally.undisturbed):
+            survive(stage, cwd, streams, [], Tally())
+        return outcome_of(stage, cwd, streams)
+    except Failure as failure:
+        sys.exit(f"{stage.command[0]} does not end well even undisturbed: {failure}")
+
+
+def prepared(cwd: Path) -> Path:
+    """A working directory with the study's file."""
     cwd.mkdir(exist_ok=True)
     (cwd / "study.yaml").write_text(json.dumps(STUDY))
+    return cwd
 
 
 def own_disk(disk: Path) -> str | None:
@@ -422,13 +435,13 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_TMPDIR": str(scratch)}
     disk = scratch / "disk"
     disk.mkdir()
-    skipped = {"full": own_disk(disk), "denied": obey_permissions(disk)}
-    skipped = {kind: why for kind, why in skipped.items() if why}
-    for kind, why in skipped.items():
+    found = {"full": own_disk(disk), "denied": obey_permissions(disk)}
+    report = Report(args.seed, {kind: why for kind, why in found.items() if why})
+    for kind, why in report.left_out.items():
         print(f"left out: {kind}: {why}")
-    kinds = [kind for kind in DISTURBANCES if kind not in skipped]
+    kinds = [kind for kind in DISTURBANCES if kind not in report.left_out]
     stages = {
-        name: Stage(STAGES[name].folder, (*STAGES[name].command, *args.set)) for name in STAGES if name in args.stages
+        name: Stage(stage.folder, (*stage.command, *args.set)) for name, stage in STAGES.items() if name in args.stages
     }
 
     import t3d.cli
@@ -436,26 +449,19 @@ def main() -> None:
     import t3d.pipeline
     import t3d.study  # noqa: F401
 
-    def save(tallies: dict[str, Tally], failures: list[str]) -> None:
-        result = {"seed": args.seed, "left_out": skipped, "failures": failures}
-        result["stages"] = {name: tally.to_dict() for name, tally in tallies.items()}
-        if args.json:
-            temporary = args.json.with_name(f".{args.json.name}.tmp")
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
-            temporary.replace(args.json)
-        save.result = result
-
     try:
-        failures = chaos(stages, disk, scratch / "streams", kinds, args.disturb, end, save)
+        for _ in chaos(stages, disk, scratch / "streams", kinds, args.disturb, end, report):
+            if args.json:
+                report.write(args.json)
     finally:
         sweep()
         subprocess.run(["umount", "--lazy", disk], capture_output=True)
         allow(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
-    for name, tally in save.result["stages"].items():
-        print(f"{name}: {tally}")
-    print(f"{len(failures)} failures")
-    sys.exit(bool(failures))
+    for name, tally in report.stages.items():
+        print(f"{name}: {tally.to_dict()}")
+    print(f"{len(report.failures)} failures")
+    sys.exit(bool(report.failures))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def test_killed_while_it_saves_it_leaves_the_same_student(tmp_path):
     assert found["failures"] == []
     save = found["stages"]["save"]
     assert save["rounds"] == 1
-    assert save["disturbed"]["group"] >= 1
-    assert save["processor"] > 0
+    assert save["disturbances"]["group"] >= 1
+    assert save["disturbed"]["processor"] > 0
 
 
 @pytest.mark.parametrize(("command", "said"), COMMANDS.items(), ids=["other bytes", "a traceback", "a refusal"])
@@ -60,12 +60,13 @@ import chaos
 random.seed(0)
 chaos.t3d = lambda _: exec({command!r}, {{"os": os, "sys": sys, "Path": Path}})
 stages = {{"x": chaos.Stage("x", ())}}
-failures = chaos.chaos(stages, Path({str(tmp_path)!r}), Path({str(tmp_path / "streams")!r}), ["group"], 1, 0.0, print)
-json.dump(failures, open({str(tmp_path / "failures.json")!r}, "w"))
+folder, report = Path({str(tmp_path)!r}), chaos.Report(0, {{}})
+for _ in chaos.chaos(stages, folder, folder / "streams", ["group"], 1, 0.0, report):
+    report.write(folder / "found.json")
 """
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
-    [failure] = json.loads((tmp_path / "failures.json").read_text())
+    [failure] = json.loads((tmp_path / "found.json").read_text())["failures"]
     assert said in failure
 
 
