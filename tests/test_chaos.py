@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from t3d.errors import T3DError
+from t3d.pipeline.folder import writing
 from t3d.trajectories import TrajectoryWriter
 from tests.trajectory_examples import make_trajectory
 
@@ -68,6 +70,13 @@ for _ in chaos.chaos(stages, folder, folder / "streams", ["group"], 1, 0.0, repo
     assert done.returncode == 0, done.stderr
     [failure] = json.loads((tmp_path / "found.json").read_text())["failures"]
     assert said in failure
+
+
+def test_permissions_that_go_while_a_library_writes_are_one_line(tmp_path, monkeypatch):
+    """Found by this script: they may be gone where the reason is looked for, too."""
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may do everything
+    with pytest.raises(T3DError, match="Permission denied; choose another run_dir, or fix"), writing(tmp_path / "a"):
+        raise RuntimeError("file cannot be opened")  # as torch says it
 
 
 def test_a_byte_of_a_student_and_a_token_or_a_verdict_of_an_answer_are_compared(tmp_path):
