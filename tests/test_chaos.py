@@ -39,6 +39,7 @@ def python(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=FOLDER, capture_output=True, text=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="kills and permissions as Linux has them")
 def test_killed_while_it_saves_it_leaves_the_same_student(tmp_path):
     """The seed's first disturbance is a kill when some files are there: no clock decides whether it happens."""
     small = ("task.num_train=16", "task.num_eval=4", "train.per_device_train_batch_size=2")
