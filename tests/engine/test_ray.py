@@ -92,3 +92,14 @@ def test_errors_come_through(pool):
     with pytest.raises(T3DError, match="prompt 1: the model's logits are not numbers"):
         engine.generate([[7], [11]], DecodingConfig(max_tokens=4))
     engine.close()
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch):
+    def start(**_):
+        raise Exception("The current node timed out during startup.\nLook at the logs.")  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(T3DError, match=r"cannot join or start Ray at this machine: .* timed out during startup\.$"):
+        RayEngine(make_model(), workers=2)

@@ -83,7 +83,7 @@ class RayEngine:
         if not ray.is_initialized():
             try:
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except Exception as error:  # a bare one where its processes take more than 30 s to start
                 where = address or os.environ.get("RAY_ADDRESS") or "this machine"
                 raise T3DError(f"cannot join or start Ray at {where}: {str(error).splitlines()[0]}") from error
         resources = ray.cluster_resources()

@@ -9,7 +9,7 @@ from t3d.errors import T3DError
 from t3d.log import log, to_terminal
 from t3d.pipeline.card import describe_student
 from t3d.pipeline.evaluation import check_evaluation, evaluation
-from t3d.pipeline.folder import STAGES, RunFolder
+from t3d.pipeline.folder import STAGES, RunFolder, writing
 from t3d.pipeline.inputs import Inputs
 from t3d.pipeline.processes import Processes, count, rank, warn_of_one_process
 from t3d.pipeline.rollout import check_rollout, rollout
@@ -78,7 +78,7 @@ def lead(
     recipe: Recipe, processes: Processes, stages: tuple[str, ...], wanted: tuple[str, ...], force: bool
 ) -> RunFolder:
     """What the first process does: everything, and training together with the others."""
-    with RunFolder(recipe.run_dir) as run:
+    with RunFolder(recipe.run_dir) as run, writing(run.path):
         first = stages.index(wanted[0])
         for stage in stages[: first if force else stages.index(wanted[-1]) + 1]:
             run.check(stage, recipe)

@@ -90,7 +90,9 @@ class RunFolder:
             return {key: record[key] for key in ("complete", "seconds", "settings")}
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except OSError as error:
+            raise T3DError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, LookupError, TypeError) as error:
             raise T3DError(f"cannot read {path}; remove {path.parent} to do this stage again") from error
 
     def complete(self, stage: str) -> bool:
@@ -205,9 +207,11 @@ def writing(path: Path):
     except Exception as error:
         if any(map(_disk_full, _causes(error))) or _no_room(path):
             raise T3DError(f"cannot write {path}: no space left; make room and run again") from error
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        refused = isinstance(error, OSError) and error.errno in _REFUSED
+        if refused or _no_access(path):
+            where, why = (error.filename or path, error.strerror) if refused else (path, os.strerror(errno.EACCES))
             raise T3DError(
-                f"cannot write {error.filename or path}: {error.strerror}; choose another run_dir"
+                f"cannot write {where}: {why}; choose another run_dir, or fix the permissions and run again"
             ) from error
         raise
 
@@ -230,7 +234,17 @@ def _disk_full(error: BaseException) -> bool:
 
 def _no_room(path: Path) -> bool:
     """Whether the disk is full now: not every library says why a write failed."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    usage = shutil.disk_usage(path)
+    usage = shutil.disk_usage(_reachable(path))
     return usage.total > 0 and usage.free < 2**16
+
+
+def _no_access(path: Path) -> bool:
+    """Whether the folder, or what it lies in, may not be read or written now; not every library says that either."""
+    return not os.access(_reachable(path), os.R_OK | os.W_OK | os.X_OK)
+
+
+def _reachable(path: Path) -> Path:
+    """The path, or the nearest folder above it that can be seen; one without permissions hides what is in it."""
+    while not os.path.exists(path) and path != path.parent:
+        path = path.parent
+    return path

@@ -1,11 +1,12 @@
 """Runs a study's jobs: each an ordinary run, so what is complete is skipped, and several processes can share them."""
 
 import time
+from pathlib import Path
 
 from t3d.errors import InUseError, T3DError
 from t3d.log import log
 from t3d.pipeline import RunFolder, check_stages, run_stages
-from t3d.pipeline.folder import STAGES
+from t3d.pipeline.folder import STAGES, writing
 from t3d.study.config import Job, Study
 from t3d.study.results import write_study_results
 
@@ -40,13 +41,18 @@ def run_study(study: Study) -> None:
                 log.warning("study: %s, seed %d failed: %s", job.variant, job.seed, error)
                 failed.append(f"{job.variant}, seed {job.seed}")
                 continue
-            write_study_results(study)
+            _write_results(study)
         if len(busy) == len(pending):
             time.sleep(WAIT_SECONDS)
         pending = busy
-    write_study_results(study)
+    _write_results(study)
     if failed:
         raise T3DError(f"{len(failed)} of {total} runs failed ({'; '.join(failed)}); the reasons are above")
+
+
+def _write_results(study: Study) -> None:
+    with writing(Path(study.folder)):
+        write_study_results(study)
 
 
 def complete(job: Job) -> bool:
