@@ -33,7 +33,8 @@ def stored(folder):
     return dict(sorted(found.items()))
 
 
-def test_what_is_stored_is_not_decoded_again(parts, tmp_path):
+def test_what_is_stored_is_not_decoded_again(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("t3d.answers.GROUP_SECONDS", 600)  # groups of four, however slow the machine is
     engine, task, jobs = parts
     with TrajectoryWriter(tmp_path / "whole", {}) as writer:
         assert list(store_answers(writer, engine, jobs, SETTING, task, together=4)) == [0, 4, 8, 10]

@@ -39,9 +39,9 @@ def test_bad_input(refuse, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"port": 70000}, "--port must lie in 0..65535"),
-        ({"timeout": 0}, "--timeout must be positive"),
-        ({"max_queue": -1}, "--max-queue must not be negative"),
+        ({"port": 70000}, "port must lie in 0..65535"),
+        ({"timeout": 0}, "timeout must be above 0"),
+        ({"max_queue": -1}, "max_queue must not be negative"),
         ({"decoding": {"strategy": "low_confidence"}}, "unknown strategy 'low_confidence'"),
         ({"api_key": "two\nlines"}, "one line of printable ASCII"),
         ({"api_key": ""}, "not empty"),

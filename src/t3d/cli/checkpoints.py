@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from t3d.cli.app import app
-from t3d.cli.decoding import decoding_options, settings_of
+from t3d.cli.options import config_of, decoding_options, settings_of
 from t3d.errors import T3DError
 
 SET = "a setting of a decode as in recipes, e.g. flight=look_ahead; may be repeated"
@@ -228,46 +228,20 @@ def push_command(
     print(push_checkpoint(student if student.is_dir() else source, repo_id, private))
 
 
-@app.command("serve", cls=decoding_options("n", "seed", "max_tokens"))
+@app.command("serve", cls=decoding_options("n", "seed", "max_tokens", config="t3d.serve.config:ServeConfig"))
 def serve_command(
     context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
     ],
-    host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="port to listen at; 0 chooses one")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="another host name to answer to, for a proxy on this machine")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
     decoding: Annotated[
         Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
     ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
-    kv_cache_tokens: Annotated[
-        int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="compute only once what requests have in common at the beginning")
-    ] = True,
-    max_queue: Annotated[int, typer.Option(help="sequences that may wait; further clients get 429")] = 256,
-    max_body: Annotated[int, typer.Option(help="largest size of a request in bytes")] = 1 << 20,
-    timeout: Annotated[float, typer.Option(help="longest time for one request in seconds")] = 600.0,
-    body_timeout: Annotated[float, typer.Option(help="longest time for a request to arrive in seconds")] = 30.0,
-    weight_updates: Annotated[
-        bool,
-        typer.Option(help="read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk"),
-    ] = False,
-    grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
 ) -> None:
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
@@ -284,18 +258,4 @@ def serve_command(
 
     to_terminal()
     settings = settings_of(context, decoding, set_)
-    config = ServeConfig(
-        host=host,
-        port=port,
-        api_key=read_key(api_key_file),
-        allow_hosts=tuple(allow_host or ()),
-        max_queue=max_queue,
-        max_body=max_body,
-        timeout=timeout,
-        body_timeout=body_timeout,
-        grace=grace,
-        weight_updates=weight_updates,
-        decoding=settings,
-    )
-    engine = {"max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens, "prefix_cache": prefix_cache}
-    serve(models, config, dtype, device, quantize, **engine)
+    serve(models, ServeConfig(**config_of(context), api_key=read_key(api_key_file), decoding=settings))
