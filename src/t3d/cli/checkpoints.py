@@ -10,7 +10,20 @@ from t3d.cli.app import app
 from t3d.cli.options import config_of, decoding_options, settings_of
 from t3d.errors import T3DError
 
-SET = "a setting of a decode as in recipes, e.g. flight=look_ahead; may be repeated"
+SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="a setting of a decode as in recipes: flight=look_ahead; may be repeated",
+        metavar="KEY=VALUE",
+    ),
+]
+DECODING = Annotated[
+    Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
+]
+DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's")]
+DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")]
+SHARDS = Annotated[str, typer.Option(help="largest size of one file of weights")]
 
 
 def rollout_of(source: Path) -> Path:
@@ -47,12 +60,10 @@ def generate_command(
     prompt: Annotated[
         str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
     ],
-    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
-    decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    set_: SET = None,
+    decoding: DECODING = None,
+    dtype: DTYPE = None,
+    device: DEVICE = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: the prompt is continued as it is")] = False,
     color: Annotated[
@@ -87,8 +98,8 @@ def convert_command(
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
     block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
+    dtype: DTYPE = None,
+    max_shard_size: SHARDS = "5GB",
     shift: Annotated[
         bool | None,
         typer.Option(
@@ -121,14 +132,14 @@ def export_command(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
+    dtype: DTYPE = None,
+    max_shard_size: SHARDS = "5GB",
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="CHECKPOINT is a PEFT adapter: merge it")] = False,
     base: Annotated[str | None, typer.Option(help="model to merge it into; default: the one it names")] = None,
     engine: Annotated[
         str | None, typer.Option("--for", help="also write what this engine needs: sglang or lmdeploy")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    device: DEVICE = None,
 ) -> None:
     """Write a checkpoint again: merged, cast, or in other shards; then load it and compare its logits."""
     from t3d.embedded import checkpoint as named
@@ -238,10 +249,8 @@ def serve_command(
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
-    decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
-    ] = None,
+    set_: SET = None,
+    decoding: DECODING = None,
 ) -> None:
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
