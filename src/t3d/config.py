@@ -90,7 +90,7 @@ class EngineConfig:
 class RolloutConfig(DecodingConfig):
     """How the teacher answers the training prompts: a `DecodingConfig`."""
 
-    temperature: float = setting(0.1, "0 is greedy")
+    temperature: float = setting(0.1, "0 is greedy", low=0)
     seed: int | None = setting(None, "base seed of the sequences' own; default: the recipe's")
     retries: int = setting(0, "ask prompts that no answer solved again, this many times each", low=0)
     retry_temperature: float = setting(1.0, "temperature of those answers; greedy ones are alike", above=0)
