@@ -51,7 +51,8 @@ def test_what_is_stored_is_not_decoded_again(parts, tmp_path, monkeypatch):
         assert (found.question, found.answer) == (job.problem.question, job.problem.answer)
 
 
-def test_what_had_ended_before_an_error_is_stored(parts, tmp_path):
+def test_what_had_ended_before_an_error_is_stored(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("t3d.answers.GROUP_SECONDS", 600)
     engine, task, jobs = parts
 
     class Failing:

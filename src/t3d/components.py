@@ -8,7 +8,7 @@ entry point.
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from importlib.metadata import entry_points
 from math import inf
@@ -62,7 +62,7 @@ def check_values(settings, name: str = "{}") -> None:
                 check_value(name.format(f.name), value, f.metadata)
 
 
-def check_value(name: str, value, about: dict) -> None:
+def check_value(name: str, value, about: Mapping[str, Any]) -> None:
     """Raises T3DError if the value of setting `name` is none of its choices or out of its bounds."""
     low, high, choices = about.get("low", -inf), about.get("high", inf), about.get("choices", ())
     above, below = about.get("above", -inf), about.get("below", inf)
