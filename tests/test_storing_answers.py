@@ -33,7 +33,8 @@ def stored(folder):
     return dict(sorted(found.items()))
 
 
-def test_what_is_stored_is_not_decoded_again(parts, tmp_path):
+def test_what_is_stored_is_not_decoded_again(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("t3d.answers.GROUP_SECONDS", 600)  # groups of four, however slow the machine is
     engine, task, jobs = parts
     with TrajectoryWriter(tmp_path / "whole", {}) as writer:
         assert list(store_answers(writer, engine, jobs, SETTING, task, together=4)) == [0, 4, 8, 10]
@@ -50,7 +51,8 @@ def test_what_is_stored_is_not_decoded_again(parts, tmp_path):
         assert (found.question, found.answer) == (job.problem.question, job.problem.answer)
 
 
-def test_what_had_ended_before_an_error_is_stored(parts, tmp_path):
+def test_what_had_ended_before_an_error_is_stored(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("t3d.answers.GROUP_SECONDS", 600)
     engine, task, jobs = parts
 
     class Failing:

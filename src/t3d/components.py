@@ -1,13 +1,14 @@
-"""Components: policies, flights and objectives, each a frozen dataclass of its own settings, one file each.
+"""Settings, and the components that own some: policies, flights and objectives.
 
-A field says its default, help, bounds and whether it trades speed for quality. Recipe keys, command-line options, the
-server's schema and the docs are made of these fields. Adding a component is a file in its package, or a module that an
-installed package names under the group's entry point.
+A field of a dataclass of settings says its default, help, bounds and whether it trades speed for quality. Recipe keys,
+command-line options, the server's schema and the docs are made of these fields. A component is a frozen dataclass of
+its own settings. Adding one is a file in its package, or a module that an installed package names under the group's
+entry point.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from importlib.metadata import entry_points
 from math import inf
@@ -30,7 +31,7 @@ def setting(
     values: tuple = (),
     **more,
 ) -> Any:
-    """A field of a component's settings.
+    """A field of a dataclass of settings.
 
     Args:
         default: its value where none is given.
@@ -49,7 +50,19 @@ def setting(
     return field(default=default, metadata=about | {"slow": slow, "fast": fast, "values": values} | more)
 
 
-def check_value(name: str, value, about: dict) -> None:
+def check_values(settings, name: str = "{}") -> None:
+    """Raises T3DError if a field of a dataclass of settings is none of its choices or out of its bounds; None is in.
+
+    name: what the message calls it, e.g. "task.{}".
+    """
+    for f in fields(settings):
+        given = getattr(settings, f.name)
+        for value in given if isinstance(given, list | tuple) else (given,):
+            if value is not None:
+                check_value(name.format(f.name), value, f.metadata)
+
+
+def check_value(name: str, value, about: Mapping[str, Any]) -> None:
     """Raises T3DError if the value of setting `name` is none of its choices or out of its bounds."""
     low, high, choices = about.get("low", -inf), about.get("high", inf), about.get("choices", ())
     above, below = about.get("above", -inf), about.get("below", inf)
@@ -57,7 +70,7 @@ def check_value(name: str, value, about: dict) -> None:
         if value not in choices:
             known = " or ".join(repr(choice) for choice in choices)
             raise T3DError(f"{name} is {known}, got {value!r}{nearest(str(value), choices)}")
-    elif isinstance(value, str) or (low <= value <= high and above < value < below):
+    elif not isinstance(value, int | float) or (low <= value <= high and above < value < below):
         return
     elif max(low, above) > -inf and min(high, below) < inf:
         least = "" if low > -inf else f", above {above:g}"

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
+from t3d.components import check_values, setting
 from t3d.decoding import DecodingConfig
 from t3d.distill import T3DConfig
 from t3d.distill.config import General
@@ -30,25 +31,20 @@ from t3d.tasks import TaskConfig
 from t3d.typed import PYDANTIC, taken, type_name
 
 
-def _help(text: str, **kwargs):
-    return field(metadata={"help": text}, **kwargs)
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The teacher, which is also where the student starts."""
 
-    path: str | None = _help("checkpoint folder or hub id; default: the embedded teacher", default=None)
-    dtype: str | None = _help("float32, bfloat16 or float16; default: the checkpoint's own", default=None)
-    device: str | None = _help("cpu, cuda, ...; default: cuda if there is one", default=None)
-    quantize: str | None = _help(
-        "int8 or int4: evaluation and calibration decode with weights of so few bits, as models of their own",
-        default=None,
+    path: str | None = setting(None, "checkpoint folder or hub id; default: the embedded teacher")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16; default: the checkpoint's own")
+    device: str | None = setting(None, "cpu, cuda, ...; default: cuda if there is one")
+    quantize: str | None = setting(
+        None, "int8 or int4: evaluation and calibration decode with weights of so few bits, as models of their own"
     )
-    architecture: dict[str, Any] | None = _help(
+    architecture: dict[str, Any] | None = setting(
+        None,
         "start from random weights: settings of the model's config.json (hidden_size, ...); the tokenizer is then "
         "that of `path`, or the embedded task's",
-        default=None,
     )
 
     def __post_init__(self):
@@ -69,28 +65,20 @@ class ModelConfig:
 class EngineConfig:
     """How much the engine does at once; see `t3d.Engine`. The answers do not depend on it."""
 
-    max_batch_size: int = _help("sequences decoded at once", default=64)
-    kv_cache_tokens: int | None = _help("most tokens that the cache holds; default: by memory_share", default=None)
-    memory_share: float = _help("share of the free memory that the cache may take", default=0.5)
-    page_size: int | None = _help("tokens to a page of the cache; default: chosen", default=None)
-    prefill_tokens: int = _help("most prompt tokens in one forward", default=1024)
-    fused: bool = _help("store a finished block in the next block's first forward, not in one of its own", default=True)
-    attention: str = _help("sdpa (portable), or flex (FlexAttention, for GPUs)", default="sdpa")
-    cuda_graphs: bool | None = _help("replay steady decoding, with flex; default: on a GPU", default=None)
-    prefix_cache: bool = _help("compute only once what texts of a call have in common at the beginning", default=False)
-    workers: int = _help("Ray actors that decode, one GPU or a share of the CPUs each; 0: this process", default=0)
-    address: str | None = _help("Ray cluster to join; default: RAY_ADDRESS, else one on this machine", default=None)
+    max_batch_size: int = setting(64, "sequences decoded at once", low=1)
+    kv_cache_tokens: int | None = setting(None, "most tokens that the cache holds; default: by memory_share", low=1)
+    memory_share: float = setting(0.5, "share of the free memory that the cache may take", above=0, high=1)
+    page_size: int | None = setting(None, "tokens to a page of the cache; default: chosen", low=1)
+    prefill_tokens: int = setting(1024, "most prompt tokens in one forward", low=1)
+    fused: bool = setting(True, "store a finished block in the next block's first forward, not in one of its own")
+    attention: str = setting("sdpa", "sdpa (portable), or flex (FlexAttention, for GPUs)", choices=("sdpa", "flex"))
+    cuda_graphs: bool | None = setting(None, "replay steady decoding, with flex; default: on a GPU")
+    prefix_cache: bool = setting(False, "compute only once what texts of a call have in common at the beginning")
+    workers: int = setting(0, "Ray actors that decode, one GPU or a share of the CPUs each; 0: this process", low=0)
+    address: str | None = setting(None, "Ray cluster to join; default: RAY_ADDRESS, else one on this machine")
 
     def __post_init__(self):
-        for name in ("max_batch_size", "kv_cache_tokens", "page_size", "prefill_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise T3DError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.memory_share <= 1:
-            raise T3DError(f"memory_share must lie in (0, 1], got {self.memory_share}")
-        if self.attention not in ("sdpa", "flex"):
-            raise T3DError(f"attention is sdpa or flex, got {self.attention!r}")
-        if self.workers < 0:
-            raise T3DError(f"workers must not be negative, got {self.workers}")
+        check_values(self)
 
     @property
     def local(self) -> dict:
@@ -102,22 +90,13 @@ class EngineConfig:
 class RolloutConfig(DecodingConfig):
     """How the teacher answers the training prompts: a `DecodingConfig`."""
 
-    temperature: float = _help("0 is greedy", default=0.1)
-    seed: int | None = _help("base seed of the sequences' own; default: the recipe's", default=None)
-    retries: int = _help("ask prompts that no answer solved again, this many times each", default=0)
-    retry_temperature: float = _help("temperature of those answers", default=1.0)
-    save_every: int = _help("store answers when this many have ended, or after 30 seconds", default=512)
-    quantized: bool = _help("let the teacher answer with the weights of `model.quantize`", default=False)
-    source: str | None = _help("folder of trajectories to take instead of decoding, e.g. of `t3d import`", default=None)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.save_every < 1:
-            raise T3DError(f"save_every must be at least 1, got {self.save_every}")
-        if self.retries < 0:
-            raise T3DError(f"retries must not be negative, got {self.retries}")
-        if not self.retry_temperature > 0:
-            raise T3DError(f"retry_temperature must be above 0, got {self.retry_temperature}; greedy answers are alike")
+    temperature: float = setting(0.1, "0 is greedy", low=0)
+    seed: int | None = setting(None, "base seed of the sequences' own; default: the recipe's")
+    retries: int = setting(0, "ask prompts that no answer solved again, this many times each", low=0)
+    retry_temperature: float = setting(1.0, "temperature of those answers; greedy ones are alike", above=0)
+    save_every: int = setting(512, "store answers when this many have ended, or after 30 seconds", low=1)
+    quantized: bool = setting(False, "let the teacher answer with the weights of `model.quantize`")
+    source: str | None = setting(None, "folder of trajectories to take instead of decoding, e.g. of `t3d import`")
 
     def decoding(self, seed: int) -> DecodingConfig:
         """The decoding settings alone; `seed` is the recipe's."""
@@ -129,8 +108,8 @@ class RolloutConfig(DecodingConfig):
 class Recipe:
     """A checked recipe. `train` keeps only what differs from `TrainingArguments`' defaults, and all of our own."""
 
-    seed: int = _help("seed of everything random", default=0)
-    run_dir: str | None = _help("folder of the run; default: runs/NAME for a recipe NAME.yaml", default=None)
+    seed: int = setting(0, "seed of everything random")
+    run_dir: str | None = setting(None, "folder of the run; default: runs/NAME for a recipe NAME.yaml")
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -10,6 +10,7 @@ from t3d.embedded import checkpoint
 from t3d.engine import Engine
 from t3d.errors import T3DError, characters
 from t3d.models import load_model
+from t3d.models.load import require_tokenizer
 from t3d.models.recommended import recommended
 from t3d.report.terminal import show
 from t3d.tasks import Problem, TaskConfig, get_task
@@ -35,8 +36,7 @@ def generate(
     characters(text, "the prompt")
     model, tokenizer = load_model(checkpoint(name), dtype, device, quantize=quantize)
     decoding = DecodingConfig(**recommended(model) | settings)
-    if tokenizer is None:
-        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    require_tokenizer(tokenizer, name)
     if raw:
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:

@@ -21,7 +21,7 @@ from t3d.models.files import first_line
 from t3d.models.quantize import PER_WEIGHT
 from t3d.pipeline.inputs import Inputs
 
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+SHARDINGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PROMPTS_READ = 512  # training prompts whose lengths are looked at
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -85,14 +85,14 @@ def activation_bytes(config, tokens: int, autocast: bool) -> float:
     return tokens * (4 * (4 * h + q + kv + norms) + 2 * (5 * h + 5 * q + kv + 4 * i))
 
 
-def plan(recipe: Recipe, gpus: int = 1, strategy: str = "ddp") -> list[Part]:
-    """The parts of a GPU's memory when `gpus` of them train with `strategy`.
+def plan(recipe: Recipe, gpus: int = 1, sharding: str = "ddp") -> list[Part]:
+    """The parts of a GPU's memory when `gpus` of them train with `sharding`.
 
     Raises:
-        T3DError: an unknown strategy, a model that cannot be read, or settings that do not go together.
+        T3DError: an unknown sharding, a model that cannot be read, or settings that do not go together.
     """
-    if strategy not in STRATEGIES:
-        raise T3DError(f"unknown strategy {strategy!r}{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}")
+    if sharding not in SHARDINGS:
+        raise T3DError(f"unknown sharding {sharding!r}{nearest(sharding, SHARDINGS)}; known: {', '.join(SHARDINGS)}")
     if gpus < 1:
         raise T3DError(f"--gpus must be at least 1, got {gpus}")
     here = replace(recipe, model=replace(recipe.model, device="cpu"))  # a plan is made where there is no GPU, too
@@ -102,15 +102,15 @@ def plan(recipe: Recipe, gpus: int = 1, strategy: str = "ddp") -> list[Part]:
     half = arguments.bf16 or arguments.fp16
     prompt, dtype = longest_prompt(inputs), recipe.model.dtype or inputs.saved_dtype
     return [
-        *_weights(found, arguments, gpus, strategy, half, dtype),
+        *_weights(found, arguments, gpus, sharding, half, dtype),
         *_activations(found, recipe, arguments, prompt, half),
         *_decoding(found, recipe, prompt, dtype),
     ]
 
 
-def _weights(found: Sizes, arguments, gpus: int, strategy: str, half: bool, dtype: str):
-    zero = int(strategy[4]) if strategy.startswith("zero") else 0
-    in_shards = strategy in ("fsdp2", "zero3")
+def _weights(found: Sizes, arguments, gpus: int, sharding: str, half: bool, dtype: str):
+    zero = int(sharding[4]) if sharding.startswith("zero") else 0
+    in_shards = sharding in ("fsdp2", "zero3")
     parts = gpus if in_shards else 1
     total, trainable = found.parameters, found.trainable
     adapter = bool(arguments.lora_rank)
@@ -134,7 +134,7 @@ def _weights(found: Sizes, arguments, gpus: int, strategy: str, half: bool, dtyp
     parts = gpus if in_shards or zero == 2 else 1
     share = f" / {parts} GPUs" if parts > 1 else ""
     yield Part("train", "gradients", trainable * size / parts, f"{trainable:,} x {size} bytes{share}")
-    if strategy == "ddp" and gpus > 1:
+    if sharding == "ddp" and gpus > 1:
         yield Part("train", "gradients in flight", trainable * size, f"DDP's buckets: {trainable:,} x {size} bytes")
     parts = gpus if in_shards or zero else 1
     share = f" / {parts} GPUs" if parts > 1 else ""
@@ -244,10 +244,10 @@ def _intermediate(config) -> int:
     return config.intermediate_size if experts is None else (experts + shared) * config.moe_intermediate_size
 
 
-def table(parts: list[Part], gpus: int, strategy: str) -> Table:
+def table(parts: list[Part], gpus: int, sharding: str) -> Table:
     """The parts by phase, and what a GPU must have at least."""
     made = Table(
-        title=f"Memory per GPU: {gpus} x {strategy}" if gpus > 1 else "Memory on one GPU", title_justify="left"
+        title=f"Memory per GPU: {gpus} x {sharding}" if gpus > 1 else "Memory on one GPU", title_justify="left"
     )
     for name in ("phase", "part", "GB", "how"):
         made.add_column(name, justify="right" if name == "GB" else "left", overflow="fold")

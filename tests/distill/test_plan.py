@@ -161,13 +161,13 @@ def test_the_command(tiny, tmp_path, capsys):
     console = Console(width=150, record=True, quiet=True)
     console.print(table(plan(made, 2, "fsdp2"), 2, "fsdp2"))
     with pytest.raises(SystemExit) as ended:
-        main(["plan", str(tmp_path / "recipe.yaml"), "--gpus", "2", "--strategy", "fsdp2"])
+        main(["plan", str(tmp_path / "recipe.yaml"), "--gpus", "2", "--sharding", "fsdp2"])
     assert not ended.value.code
     shown = capsys.readouterr().out
     for words in ("Memory per GPU: 2 x fsdp2", "/ 2 GPUs", "KV cache", "optimizer", "needed"):
         assert words in shown
     with pytest.raises(SystemExit) as ended:
-        main(["plan", str(tmp_path / "recipe.yaml"), "--strategy", "fsdp"])
+        main(["plan", str(tmp_path / "recipe.yaml"), "--sharding", "fsdp"])
     assert ended.value.code == 2
     assert "did you mean 'fsdp2'" in capsys.readouterr().err
     with pytest.raises(T3DError, match="--gpus must be at least 1"):

@@ -268,7 +268,7 @@ def test_the_easy_share_keeps_every_prompt_that_was_answered_wrongly(tmp_path):
         ({"easy_share": 1.5}, "easy_share must lie in 0..1"),
         ({"ddo_reduction": "max"}, "ddo_reduction"),
         ({"soft_state": "later"}, "soft_state is"),
-        ({"recompute": "all"}, "recompute is one of"),
+        ({"recompute": "all"}, "recompute is 'auto' or"),
         ({"objective": "pseudo_trajectory", "pt_noise": [0.8, 0.2]}, "train.pt_noise is two rising"),
         ({"pt_window": 0.0}, "pt_window"),
         ({"tad_near": 0}, "tad_near"),

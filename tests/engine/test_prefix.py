@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -81,7 +82,8 @@ def watch(session):
         assert {n for n, page in cache._pages.items() if page.holders} == set(range(cache.used_pages))
         written = []
         for query in queries:
-            for slot in cache.slots(query.sequence, query.start, query.end).tolist():
+            pages, places = np.array(query.sequence.pages), np.arange(query.start, query.end)
+            for slot in cache.slots(pages, places).tolist():
                 page = cache._pages[slot // cache.page_size]
                 assert page.key is None or slot % cache.page_size >= page.filled
                 written.append(slot)

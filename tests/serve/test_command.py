@@ -31,6 +31,7 @@ def refuse(start, tmp_path):
 def test_bad_input(refuse, tiny, tmp_path):
     refuse("nowhere/at/all", said="nowhere/at/all")
     refuse(str(tiny), "--steps", "9", said="steps = 9 is more than block_size = 4")
+    refuse(str(tiny), "--port", "70000", said="port must lie in 0..65535, got 70000")
     refuse(str(tiny), "--api-key-file", str(tmp_path / "none"), said="cannot read the API key")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refuse(str(tiny), "--port", str(taken.getsockname()[1]), said="cannot listen at 127.0.0.1")
@@ -39,9 +40,9 @@ def test_bad_input(refuse, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"port": 70000}, "--port must lie in 0..65535"),
-        ({"timeout": 0}, "--timeout must be positive"),
-        ({"max_queue": -1}, "--max-queue must not be negative"),
+        ({"port": 70000}, "port must lie in 0..65535"),
+        ({"timeout": 0}, "timeout must be above 0"),
+        ({"max_queue": -1}, "max_queue must not be negative"),
         ({"decoding": {"strategy": "low_confidence"}}, "unknown strategy 'low_confidence'"),
         ({"api_key": "two\nlines"}, "one line of printable ASCII"),
         ({"api_key": ""}, "not empty"),

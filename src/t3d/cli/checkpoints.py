@@ -7,10 +7,23 @@ from typing import Annotated
 import typer
 
 from t3d.cli.app import app
-from t3d.cli.decoding import decoding_options, settings_of
+from t3d.cli.options import config_of, decoding_options, settings_of
 from t3d.errors import T3DError
 
-SET = "a setting of a decode as in recipes, e.g. flight=look_ahead; may be repeated"
+SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="a setting of a decode as in recipes: flight=look_ahead; may be repeated",
+        metavar="KEY=VALUE",
+    ),
+]
+DECODING = Annotated[
+    Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
+]
+DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's")]
+DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")]
+SHARDS = Annotated[str, typer.Option(help="largest size of one file of weights")]
 
 
 def rollout_of(source: Path) -> Path:
@@ -47,12 +60,10 @@ def generate_command(
     prompt: Annotated[
         str, typer.Argument(help="the user's message; - reads it from stdin", metavar="PROMPT", show_default=False)
     ],
-    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
-    decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    set_: SET = None,
+    decoding: DECODING = None,
+    dtype: DTYPE = None,
+    device: DEVICE = None,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template: the prompt is continued as it is")] = False,
     color: Annotated[
@@ -87,8 +98,8 @@ def convert_command(
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
     block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|MASK|>",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
+    dtype: DTYPE = None,
+    max_shard_size: SHARDS = "5GB",
     shift: Annotated[
         bool | None,
         typer.Option(
@@ -121,14 +132,14 @@ def export_command(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", show_default=False)],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: as it is")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest size of one file of weights")] = "5GB",
+    dtype: DTYPE = None,
+    max_shard_size: SHARDS = "5GB",
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="CHECKPOINT is a PEFT adapter: merge it")] = False,
     base: Annotated[str | None, typer.Option(help="model to merge it into; default: the one it names")] = None,
     engine: Annotated[
         str | None, typer.Option("--for", help="also write what this engine needs: sglang or lmdeploy")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
+    device: DEVICE = None,
 ) -> None:
     """Write a checkpoint again: merged, cast, or in other shards; then load it and compare its logits."""
     from t3d.embedded import checkpoint as named
@@ -228,46 +239,18 @@ def push_command(
     print(push_checkpoint(student if student.is_dir() else source, repo_id, private))
 
 
-@app.command("serve", cls=decoding_options("n", "seed", "max_tokens"))
+@app.command("serve", cls=decoding_options("n", "seed", "max_tokens", config="t3d.serve.config:ServeConfig"))
 def serve_command(
     context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(help="checkpoint folder, hub id or 'embedded'", metavar="[NAME=]MODEL", show_default=False),
     ],
-    host: Annotated[str, typer.Option(help="address to listen at; by default only this machine can reach it")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="port to listen at; 0 chooses one")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the key that clients must send; default: T3D_API_KEY, if set")
     ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="another host name to answer to, for a proxy on this machine")
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help=SET, metavar="KEY=VALUE")] = None,
-    decoding: Annotated[
-        Path | None, typer.Option("--decoding", help="settings that `t3d calibrate` wrote; options override them")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="sequences decoded at once, per model")] = 64,
-    kv_cache_tokens: Annotated[
-        int | None, typer.Option(help="size of the cache in tokens, per model; default: what fits")
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="compute only once what requests have in common at the beginning")
-    ] = True,
-    max_queue: Annotated[int, typer.Option(help="sequences that may wait; further clients get 429")] = 256,
-    max_body: Annotated[int, typer.Option(help="largest size of a request in bytes")] = 1 << 20,
-    timeout: Annotated[float, typer.Option(help="longest time for one request in seconds")] = 600.0,
-    body_timeout: Annotated[float, typer.Option(help="longest time for a request to arrive in seconds")] = 30.0,
-    weight_updates: Annotated[
-        bool,
-        typer.Option(help="read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk"),
-    ] = False,
-    grace: Annotated[float, typer.Option(help="seconds to finish answers when stopped")] = 30.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda if there is one")] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of so few bits")] = None,
+    set_: SET = None,
+    decoding: DECODING = None,
 ) -> None:
     """Serve models with OpenAI's API, and a page at / where they can be watched and compared.
 
@@ -284,18 +267,4 @@ def serve_command(
 
     to_terminal()
     settings = settings_of(context, decoding, set_)
-    config = ServeConfig(
-        host=host,
-        port=port,
-        api_key=read_key(api_key_file),
-        allow_hosts=tuple(allow_host or ()),
-        max_queue=max_queue,
-        max_body=max_body,
-        timeout=timeout,
-        body_timeout=body_timeout,
-        grace=grace,
-        weight_updates=weight_updates,
-        decoding=settings,
-    )
-    engine = {"max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens, "prefix_cache": prefix_cache}
-    serve(models, config, dtype, device, quantize, **engine)
+    serve(models, ServeConfig(**config_of(context), api_key=read_key(api_key_file), decoding=settings))

@@ -171,7 +171,7 @@ def plan_command(
     recipe: RECIPE,
     overrides: OVERRIDES = None,
     gpus: Annotated[int, typer.Option(help="GPUs that train together")] = 1,
-    strategy: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
+    sharding: Annotated[str, typer.Option(help="ddp, fsdp2, zero1, zero2 or zero3")] = "ddp",
 ) -> None:
     """Show the memory a run needs per GPU, part by part, and how each is computed. Loads no weights."""
     from rich.console import Console
@@ -181,8 +181,8 @@ def plan_command(
     from t3d.plan import plan, table
 
     to_terminal()
-    parts = plan(load_recipe(recipe, overrides or ()), gpus, strategy)
-    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, strategy))
+    parts = plan(load_recipe(recipe, overrides or ()), gpus, sharding)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(parts, gpus, sharding))
 
 
 @app.command("calibrate")

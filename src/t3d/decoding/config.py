@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import yaml
 
-from t3d.components import check_name, check_value, load_all, merged, owners, setting
+from t3d.components import check_name, check_values, load_all, merged, owners, setting
 from t3d.decoding import flights, policies
 from t3d.decoding.flight import FLIGHTS, Flight
 from t3d.decoding.policy import POLICIES, SCHEDULES, Policy
@@ -16,10 +16,6 @@ from t3d.typed import taken
 
 load_all(policies.__name__, "t3d.policies")
 load_all(flights.__name__, "t3d.flights")
-
-
-def _help(text: str, **kwargs):
-    return field(metadata={"help": text}, **kwargs)
 
 
 Settings = TypeVar("Settings", bound="_General")
@@ -41,10 +37,8 @@ class _General:
         "the block ('dual'), at the block's first step alone; faster, and another answer",
         choices=("none", "prefix", "dual"),
     )
-    strategy: str = _help(
-        "unmasking strategy: which positions are committed at a step", default="low_confidence_static"
-    )
-    flight: str = _help("what a forward computes, and when a block is final", default="multi_block")
+    strategy: str = setting("low_confidence_static", "unmasking strategy: which positions are committed at a step")
+    flight: str = setting("multi_block", "what a forward computes, and when a block is final")
     confidence: str = setting(
         "untempered",
         "measured on the 'untempered' distribution or the 'sampling' one",
@@ -52,17 +46,19 @@ class _General:
     )
     temperature: float = setting(0.0, "0 is greedy", low=0)
     top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off", low=0)
-    top_p: float = _help("sample among the likeliest tokens with this total probability; 1 is off", default=1.0)
+    top_p: float = setting(
+        1.0, "sample among the likeliest tokens with this total probability; 1 is off", above=0, high=1
+    )
     guidance_scale: float = setting(
         0.0, "push away from what would be said without the question, by this much; 0 is off", low=0, high=100
     )
-    negative_prompt: str | None = _help("with guidance: push away from answers to this, instead", default=None)
+    negative_prompt: str | None = setting(None, "with guidance: push away from answers to this, instead")
     max_tokens: int = setting(256, "most tokens that count in a response", low=1)
-    stop_ids: tuple[int, ...] | None = _help("token ids that end a response; default: all of the model's", default=None)
-    stop: tuple[str, ...] = _help("strings that end a response, besides the stop ids", default=())
-    ignore_eos: bool = _help("do not end at the model's own stop ids", default=False)
+    stop_ids: tuple[int, ...] | None = setting(None, "token ids that end a response; default: all of the model's")
+    stop: tuple[str, ...] = setting((), "strings that end a response, besides the stop ids")
+    ignore_eos: bool = setting(False, "do not end at the model's own stop ids")
     n: int = setting(1, "responses per prompt", low=1)
-    seed: int = _help("base seed; every sequence derives its own from it", default=0)
+    seed: int = setting(0, "base seed; every sequence derives its own from it")
 
     def __post_init__(self):
         for name in ("stop_ids", "stop"):  # lists come from recipes; a tuple keeps the settings hashable
@@ -77,11 +73,7 @@ class _General:
 
         check_name("strategy", self.strategy, POLICIES)
         check_name("flight", self.flight, FLIGHTS)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None and "low" in f.metadata:
-                check_value(f.name, value, f.metadata)
-        check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        check_values(self)
         check(all(self.stop), "a stop string must not be empty")
         check(self.negative_prompt != "", "negative_prompt is empty; leave it out to mask the question")
         check(

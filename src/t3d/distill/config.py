@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from t3d.components import check_name, check_value, load_all, merged, owners
+from t3d.components import check_name, check_values, load_all, merged, owners, setting
 from t3d.distill import objectives
 from t3d.distill.objective import OBJECTIVES, Objective
 from t3d.errors import T3DError
@@ -16,67 +16,70 @@ load_all(objectives.__name__, "t3d.objectives")
 SPLITS = ("dev", "train", "test")
 
 
-def _help(text: str, default):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class General(TrainingArguments):
     """What every objective takes."""
 
-    objective: str = _help("what the student learns from, and how: docs/method.md", "t3d")
-    rollout_rounds: int = _help(
-        "1: learn from the teacher's rollouts; K: the student makes new rollouts after each K-th of the steps", 1
+    objective: str = setting("t3d", "what the student learns from, and how: docs/method.md")
+    rollout_rounds: int = setting(
+        1, "1: learn from the teacher's rollouts; K: the student makes new rollouts after each K-th of the steps", low=1
     )
-    verified_only: bool = _help("learn only from trajectories that the task's verifier found correct", False)
-    easy_share: float = _help(
-        "keep this share of the prompts that were never answered wrongly, so that the others count more; 1: all", 1.0
+    verified_only: bool = setting(False, "learn only from trajectories that the task's verifier found correct")
+    easy_share: float = setting(
+        1.0,
+        "keep this share of the prompts that were never answered wrongly, so that the others count more; 1: all",
+        low=0,
+        high=1,
     )
-    max_length: int = _help("drop trajectories with more prompt plus response tokens than this; 0: keep all", 0)
-    recompute: str = _help(
+    max_length: int = setting(0, "drop trajectories with more prompt plus response tokens than this; 0: keep all")
+    recompute: str = setting(
+        "auto",
         "what is computed again in the backward pass: 'cheap' (all but products and attention), 'nothing', or 'auto', "
         "'cheap' on a CPU, else 'nothing'; gradient_checkpointing=true computes everything again",
-        "auto",
+        choices=("auto", "cheap", "nothing"),
     )
-    pack_length: int = _help(
+    pack_length: int = setting(
+        0,
         "pack several trajectories into rows of this many tokens; 0: a micro-batch into one row where attention costs "
         "only what is seen (block_sdpa, flex_attention), else into rows as long as its longest trajectory",
-        0,
     )
-    drop_truncated: bool = _help("drop trajectories that did not stop by themselves", False)
-    attention: str = _help(
+    drop_truncated: bool = setting(False, "drop trajectories that did not stop by themselves")
+    attention: str = setting(
+        "auto",
         "'flex_attention' (its backward pass needs a GPU), 'block_sdpa' (needs a CPU), 'sdpa' or 'eager'; 'auto': the "
         "first on a GPU, the second on a CPU",
-        "auto",
+        choices=("auto", "flex_attention", "block_sdpa", "sdpa", "eager"),
     )
-    lora_rank: int = _help("train adapters of this rank (LoRA, needs t3d[lora]); 0: all weights", 0)
-    lora_alpha: float = _help("the adapters' output is scaled by this / rank; 0: twice the rank", 0.0)
-    lora_dropout: float = _help("dropout before the adapters", 0.0)
+    lora_rank: int = setting(0, "train adapters of this rank (LoRA, needs t3d[lora]); 0: all weights", low=0)
+    lora_alpha: float = setting(0.0, "the adapters' output is scaled by this / rank; 0: twice the rank", low=0)
+    lora_dropout: float = setting(0.0, "dropout before the adapters", low=0, below=1)
     lora_targets: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "names of the layers with adapters, e.g. [q_proj, v_proj]; 'all-linear': all but the head"},
     )
-    lora_4bit: bool = _help("hold the frozen weights in 4 bits (QLoRA, needs t3d[qlora] and a GPU)", False)
-    eval_every: int = _help("decode held-out problems every this many optimizer steps; 0: never", 0)
-    eval_problems: int = _help("number of these problems", 64)
-    eval_split: str = _help("split of these problems: dev, train or test; `t3d eval` measures test", "dev")
+    lora_4bit: bool = setting(False, "hold the frozen weights in 4 bits (QLoRA, needs t3d[qlora] and a GPU)")
+    eval_every: int = setting(0, "decode held-out problems every this many optimizer steps; 0: never", low=0)
+    eval_problems: int = setting(64, "number of these problems", low=1)
+    eval_split: str = setting(
+        "dev", "split of these problems: dev, train or test; `t3d eval` measures test", choices=SPLITS
+    )
     eval_block_steps: list[int] = field(
         default_factory=lambda: [2, 1], metadata={"help": "denoising steps per block of these evaluations"}
     )
-    keep_best: bool = _help("with eval_every: the student is the most accurate checkpoint, not the last", True)
+    keep_best: bool = setting(True, "with eval_every: the student is the most accurate checkpoint, not the last")
 
     # TrainingArguments' own, with other defaults
-    learning_rate: float = _help("peak learning rate", 1e-5)
-    lr_scheduler_type: str = _help("learning-rate schedule", "cosine_with_min_lr")
-    lr_scheduler_kwargs: dict | str | None = _help("arguments of the schedule; default for a cosine: to 10%", None)
-    optim: str = _help(
-        "optimizer: any of transformers', or 'muon' (matrices by Muon, the rest by AdamW)", "adamw_torch"
+    learning_rate: float = setting(1e-5, "peak learning rate")
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "learning-rate schedule")
+    lr_scheduler_kwargs: dict | str | None = setting(None, "arguments of the schedule; default for a cosine: to 10%")
+    optim: str = setting(
+        "adamw_torch", "optimizer: any of transformers', or 'muon' (matrices by Muon, the rest by AdamW)"
     )
-    logging_steps: float = _help("log every this many optimizer steps", 10)
-    save_steps: float = _help("save a checkpoint every this many optimizer steps", 100)
-    save_total_limit: int | None = _help("checkpoints to keep", 2)
-    remove_unused_columns: bool = _help("kept off: a batch is made of trajectories, not of columns", False)
-    ddp_find_unused_parameters: bool | None = _help("kept off: every weight has a gradient", False)
+    logging_steps: float = setting(10, "log every this many optimizer steps")
+    save_steps: float = setting(100, "save a checkpoint every this many optimizer steps")
+    save_total_limit: int | None = setting(2, "checkpoints to keep")
+    remove_unused_columns: bool = setting(False, "kept off: a batch is made of trajectories, not of columns")
+    ddp_find_unused_parameters: bool | None = setting(False, "kept off: every weight has a gradient")
 
     def __post_init__(self):
         def check(ok: bool, message: str):
@@ -84,9 +87,7 @@ class General(TrainingArguments):
                 raise T3DError(f"train.{message}")
 
         check_name("train.objective", self.objective, OBJECTIVES)
-        for name, f in OWNED.items():
-            for value in every(getattr(self, name)):
-                check_value(f"train.{name}", value, f.metadata)
+        check_values(self, "train.{}")
         try:
             method = self.method
         except T3DError as error:
@@ -98,13 +99,6 @@ class General(TrainingArguments):
             "reference_cache needs a reference that stays as it is and is asked of the trajectories alone: objective "
             "t3d or ddo, round_interval=0 and draft_share=0",
         )
-        check(0 <= self.easy_share <= 1, f"easy_share must lie in 0..1, got {self.easy_share}")
-        kinds = ("auto", "cheap", "nothing")
-        check(self.recompute in kinds, f"recompute is one of {', '.join(kinds)}, got {self.recompute!r}")
-        check(self.rollout_rounds >= 1, f"rollout_rounds must be at least 1, got {self.rollout_rounds}")
-        for name in ("lora_rank", "lora_alpha", "lora_dropout", "eval_every"):
-            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        check(self.lora_dropout < 1, f"lora_dropout must be below 1, got {self.lora_dropout}")
         check(
             self.lora_rank or not self.lora_4bit, "lora_4bit needs lora_rank: the 4-bit weights themselves are frozen"
         )
@@ -112,11 +106,7 @@ class General(TrainingArguments):
             not (self.lora_rank and method.needs_critic),
             f"lora_rank: {self.objective} trains a whole copy beside the student; leave it out, or set fake_updates=0",
         )
-        kinds = ("auto", "flex_attention", "block_sdpa", "sdpa", "eager")
-        check(self.attention in kinds, f"attention is one of {', '.join(kinds)}, got {self.attention!r}")
         check(self.lora_targets, "lora_targets must not be empty")
-        check(self.eval_problems >= 1, f"eval_problems must be at least 1, got {self.eval_problems}")
-        check(self.eval_split in SPLITS, f"eval_split is one of {', '.join(SPLITS)}, got {self.eval_split!r}")
         check(
             self.eval_block_steps and min(self.eval_block_steps) >= 1,
             f"eval_block_steps are numbers of at least 1, got {self.eval_block_steps}",
@@ -147,11 +137,6 @@ class General(TrainingArguments):
         """The objectives whose setting `name` is; empty for one that all take."""
         found = owners(OBJECTIVES.values(), name)
         return found if len(found) < len(OBJECTIVES) else []
-
-
-def every(value) -> tuple:
-    """The values that a setting's bounds are for."""
-    return tuple(value) if isinstance(value, tuple | list) else () if value is None else (value,)
 
 
 def defaults(name: str) -> dict[str, object]:

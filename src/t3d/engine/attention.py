@@ -111,7 +111,8 @@ class SDPAttention:
             else:
                 hidden = _hidden(self._tensor(query.visible())[..., None], key)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            slots = self._tensor(self.cache.slots(query.sequence, 0, query.sees)) if self.paged else None
+            pages = np.array(query.sequence.pages)
+            slots = self._tensor(self.cache.slots(pages, np.arange(query.sees))) if self.paged else None
             first = query.sequence.pages[0] * self.cache.page_size
             self.long_plans.append((query, mask.repeat_interleave(self.groups, dim=0), slots, first))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from t3d.decoding.config import DecodingConfig
 from t3d.engine.intake import make_requests
 from t3d.engine.kv_cache import bytes_per_token, free_memory
-from t3d.engine.progress import Progress
+from t3d.engine.progress import Bar
 from t3d.engine.request import Request
 from t3d.engine.runner import ATTENTION, Runner
 from t3d.engine.session import EngineStats, Event, FinishedEvent, Session, check_fits
@@ -154,13 +154,13 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            with Progress(self.stats, enabled=progress) as bar:
+            with Bar(total=len(requests), desc="decoding", unit="seq", disable=not progress) as bar:
                 while waiting or not session.done:
                     while waiting and len(session.scheduler.waiting) < self.max_batch_size:
                         session.add(waiting.popleft())  # not all at once: each holds arrays for its longest answer
                     events = session.step()
                     self.stats.waiting += len(waiting)
-                    bar.update()
+                    bar.at(self.stats.finished, self.stats)
                     yield from events
         finally:
             self.model.train(training)

@@ -244,14 +244,10 @@ class KVCache:
     def _clear(self, page: int) -> None:
         self.data[:, page * self.page_size : (page + 1) * self.page_size] = 0
 
-    def slots(self, side: Side, start: int, end: int) -> np.ndarray:
-        """Rows of the arena that hold positions `start .. end`, int64."""
-        size = self.page_size
-        if end <= (start // size + 1) * size:
-            first = side.pages[start // size] * size + start % size
-            return np.arange(first, first + end - start)
-        position = np.arange(start, end)
-        return np.asarray(side.pages)[position // size] * size + position % size
+    def slots(self, pages: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Rows of the arena that hold places of a text that lies in `pages`, one page after the other; all int64."""
+        page, inside = np.divmod(place, self.page_size)
+        return pages[page] * self.page_size + inside
 
     def pages_view(self, layer: int, pages: int, length: int) -> tuple[Tensor, Tensor]:
         """First `length` positions of the first `pages` pages: (pages, kv_heads, length, head_dim) each, no copy."""

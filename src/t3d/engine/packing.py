@@ -51,8 +51,7 @@ class Packing:
 
     def slots(self) -> np.ndarray:
         """Row of the cache that each token has (tokens,)."""
-        page, inside = np.divmod(self.place, self.cache.page_size)
-        return self.page[self.pages[self.query] + page] * self.cache.page_size + inside
+        return self.cache.slots(self.page, self.place + self.pages[self.query] * self.cache.page_size)
 
     @cached_property
     def limits(self) -> np.ndarray:

@@ -1,31 +1,15 @@
-"""The progress bar of a call: tokens/s, tokens per forward, who runs and who waits, and how full the cache is."""
+"""The progress bar of whatever takes long."""
 
-import time
-
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from tqdm import tqdm
 
 
-class Progress:
-    """A context manager that shows an `EngineStats` while it changes; does nothing unless enabled."""
+class Bar(tqdm):
+    """A bar on stderr that is told how far the work is; with `disable=None` only where that is a terminal."""
 
-    def __init__(self, stats, enabled: bool):
-        self.stats, self.enabled = stats, enabled
-
-    def __enter__(self) -> "Progress":
-        if self.enabled:
-            columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bar = RichProgress(*columns, TextColumn("{task.fields[state]}"), refresh_per_second=4)
-            self.bar.start()
-            self.task = self.bar.add_task("decoding", total=self.stats.sequences, state="")
-            self.start = time.perf_counter()
-        return self
-
-    def update(self) -> None:
-        if self.enabled:
-            state = self.stats.line(time.perf_counter() - self.start)
-            self.bar.update(self.task, completed=self.stats.finished, state=state)
-
-    def __exit__(self, *error) -> None:
-        if self.enabled:
-            self.bar.stop()
+    def at(self, count: int, stats=None) -> None:
+        """`count` are done. stats: an `EngineStats`, to show beside it how fast it decodes and what is in flight."""
+        if self.disable:
+            return
+        if stats is not None:
+            self.set_postfix_str(stats.line(self.format_dict["elapsed"]), refresh=False)
+        self.update(count - self.n)

@@ -11,7 +11,7 @@ from t3d.decoding.config import DecodingConfig
 from t3d.engine.engine import Engine
 from t3d.engine.intake import make_requests
 from t3d.engine.kv_cache import bytes_per_token, dtype_of, free_memory
-from t3d.engine.progress import Progress
+from t3d.engine.progress import Bar
 from t3d.engine.request import Request
 from t3d.engine.session import EngineStats, FinishedEvent
 from t3d.errors import T3DError
@@ -158,7 +158,7 @@ class RayEngine:
             calls[opening[number]] = number
 
         calls |= {call: number for number, call in enumerate(opening)}
-        with Progress(stats, enabled=progress) as bar:
+        with Bar(total=len(requests), desc="decoding", unit="seq", disable=not progress) as bar:
             while stats.finished < len(requests):
                 (ready,), _ = ray.wait(list(calls), num_returns=1)
                 number = calls.pop(ready)
@@ -187,7 +187,7 @@ class RayEngine:
                 hand_out(number)
                 stats.count(events)
                 stats.running, stats.waiting = sum(map(len, held)), len(waiting)
-                bar.update()
+                bar.at(stats.finished, stats)
                 yield from events
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """The `eval` section of a recipe: the grid of decode settings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from typing import Any, get_args, get_origin, get_type_hints
 
+from t3d.components import check_values, setting
 from t3d.decoding.calibration import load_decoding
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
@@ -14,36 +15,29 @@ from t3d.typed import taken
 ELSEWHERE = {"n": "eval.samples", "seed": "eval.seeds", "max_tokens": "eval.max_tokens"}  # one value for the whole grid
 
 
-def _help(text: str, **kwargs):
-    return field(metadata={"help": text}, **kwargs)
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """Which decode settings to evaluate, as a grid. The problems come from the task (`task.num_eval`)."""
 
-    grid: tuple[dict[str, Any], ...] = _help(
+    grid: tuple[dict[str, Any], ...] = setting(
+        ({"steps": [4, 2, 1]},),
         "decode settings: mappings of the keys of `rollout` that say how to decode; a list of values stands for each",
-        default=({"steps": [4, 2, 1]},),
     )
-    decoding: tuple[str, ...] = _help("files of `t3d calibrate`: their settings beside the grid", default=())
-    temperature: tuple[float, ...] = _help("0 is greedy; for items of the grid without one", default=(0.0,))
-    top_k: int = _help("sample among the k likeliest tokens; 0 is off", default=0)
-    top_p: float = _help("sample among the likeliest tokens with this total probability; 1 is off", default=1.0)
-    max_tokens: int = _help("most tokens that count in a response", default=256)
-    samples: int = _help("responses per problem; more than one gives mean, pass@k and majority", default=1)
-    seeds: tuple[int, ...] = _help("each is an evaluation of its own; default: the recipe's seed", default=())
-    text: bool = _help("also BLEU, ROUGE-L, Distinct-n and agreement with the teacher; needs t3d[text]", default=False)
-    scorer: str | None = _help("checkpoint (causal or block-diffusion) that gives texts a perplexity", default=None)
-    oracle: bool = _help(
-        "also the tokens per forward of a decoder that knew the answer: the most that a strategy can reach",
-        default=False,
+    decoding: tuple[str, ...] = setting((), "files of `t3d calibrate`: their settings beside the grid")
+    temperature: tuple[float, ...] = setting((0.0,), "0 is greedy; for items of the grid without one")
+    top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off")
+    top_p: float = setting(1.0, "sample among the likeliest tokens with this total probability; 1 is off")
+    max_tokens: int = setting(256, "most tokens that count in a response")
+    samples: int = setting(1, "responses per problem; more than one gives mean, pass@k and majority", low=1)
+    seeds: tuple[int, ...] = setting((), "each is an evaluation of its own; default: the recipe's seed")
+    text: bool = setting(False, "also BLEU, ROUGE-L, Distinct-n and agreement with the teacher; needs t3d[text]")
+    scorer: str | None = setting(None, "checkpoint (causal or block-diffusion) that gives texts a perplexity")
+    oracle: bool = setting(
+        False, "also the tokens per forward of a decoder that knew the answer: the most that a strategy can reach"
     )
-    split: str = _help("problems to evaluate on: test, dev or train", default="test")
-    teacher: bool = _help("evaluate the teacher beside the student", default=True)
-    checkpoints: tuple[str, ...] = _help(
-        "further checkpoint folders to evaluate beside teacher and student", default=()
-    )
+    split: str = setting("test", "problems to evaluate on: test, dev or train", choices=("test", "dev", "train"))
+    teacher: bool = setting(True, "evaluate the teacher beside the student")
+    checkpoints: tuple[str, ...] = setting((), "further checkpoint folders to evaluate beside teacher and student")
 
     def __post_init__(self):
         for name in ("grid", "temperature", "decoding", "seeds", "checkpoints"):
@@ -51,10 +45,7 @@ class EvalConfig:
         for name in ("grid", "temperature"):
             if not getattr(self, name):
                 raise T3DError(f"{name} is an empty list: give at least one value")
-        if self.samples < 1:
-            raise T3DError(f"samples must be at least 1, got {self.samples}")
-        if self.split not in ("test", "dev", "train"):
-            raise T3DError(f"split is test, dev or train, got {self.split!r}")
+        check_values(self)
         self.settings(seed=0)  # lets DecodingConfig check the values
 
     def settings(self, seed: int) -> list[DecodingConfig]:

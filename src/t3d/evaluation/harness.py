@@ -14,6 +14,7 @@ from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine
 from t3d.errors import T3DError, nearest
 from t3d.models import load_model
+from t3d.models.load import require_tokenizer
 
 try:
     import lm_eval.models  # noqa: F401  the harness registers its own only while it knows none
@@ -53,8 +54,7 @@ class T3DHarness(LM):
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's command line says cuda where nothing was asked
         self.model, self.tokenizer = load_model(pretrained, dtype, device, quantize=quantize)
-        if self.tokenizer is None:
-            raise T3DError(f"{pretrained} has no tokenizer, which the harness needs")
+        require_tokenizer(self.tokenizer, pretrained)
         # the harness's command line says 1 where nothing was asked
         sizes = [size for size in (batch_size, max_batch_size) if size not in (None, "auto", 1, "1")]
         self.engine = Engine(self.model, self.tokenizer, **({"max_batch_size": int(sizes[0])} if sizes else {}))

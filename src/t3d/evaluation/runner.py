@@ -10,13 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from t3d.answers import Answer, Job, store_answers
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.sampling import derive_seed
 from t3d.engine import Engine
+from t3d.engine.progress import Bar
 from t3d.errors import T3DError
 from t3d.evaluation.rows import EXTRACTED, REASON, SECONDS, EvalRow, summarise
 from t3d.tasks import Problem, Task
@@ -79,11 +78,10 @@ def evaluate(
     rows = []
     with ExitStack() as stack:
         root = Path(output) if output is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
         for config in settings:
             config = config.at(model.config.window).canonical()
             folder = root / name / setting_name(config)
-            _decode(engine, task, problems, prompts, config, folder, metadata, bar)
+            _decode(engine, task, problems, prompts, config, folder, metadata, progress)
             dataset = TrajectoryDataset(folder)
             keys = dataset.keys()
             wanted = [key in prompts and sample < config.n for key, sample in keys]
@@ -103,7 +101,7 @@ def evaluate(
     return rows
 
 
-def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> None:
+def _decode(engine, task, problems, prompts, config, folder, metadata, progress) -> None:
     """Decode and verify what `folder` does not hold yet."""
     settings = {k: v for k, v in asdict(config).items() if k != "n"}  # more samples may be added later
     settings = as_begun(folder, "decoding", settings, config.differing(settings))
@@ -121,9 +119,10 @@ def _decode(engine, task, problems, prompts, config, folder, metadata, bar) -> N
 
     with TrajectoryWriter(folder, metadata | {"decoding": settings}, flush_seconds=SAVE_SECONDS) as writer:
         counts = store_answers(writer, engine, jobs, config, task, row=row)
-        line = bar.add_task(f"{metadata['model']}, {folder.name}", total=len(jobs), completed=next(counts))
-        for count in counts:
-            bar.update(line, completed=count)
+        about = {"desc": f"{metadata['model']}, {folder.name}", "unit": "seq", "disable": not progress}
+        with Bar(total=len(jobs), initial=next(counts), **about) as bar:
+            for count in counts:
+                bar.at(count, engine.stats)
 
 
 def _checked(dataset: TrajectoryDataset, prompts: dict[str, list[int]], folder: Path) -> Iterator[Trajectory]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from t3d.blocks import CLEAN, Layout, block_start, check_blocks, geometry, origin, whole_blocks
 from t3d.errors import T3DError
 from t3d.models import FAMILIES, load_model
+from t3d.models.load import require_tokenizer
 
 
 @dataclass
@@ -89,8 +90,7 @@ def load_scorer(name: str, device: str | None = None, orders: int = 0, seed: int
     except (OSError, ValueError) as error:
         raise T3DError(f"cannot load the scorer {name}: {str(error).splitlines()[0]}") from error
     model, tokenizer = load_model(name, device=device)
-    if tokenizer is None:
-        raise T3DError(f"the scorer {name} has no tokenizer")
+    require_tokenizer(tokenizer, name)
     return Scorer(model, tokenizer, orders, seed)
 
 

@@ -13,7 +13,7 @@ from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
 from t3d.models.files import check_weights, local_folder, read_json
 from t3d.models.gguf import PACKAGES, as_folder, packaged
-from t3d.models.load import check_mask, load_tokenizer, load_weights, mask_of
+from t3d.models.load import check_mask, load_tokenizer, load_weights, mask_of, require_tokenizer
 from t3d.models.recommended import KEY
 from t3d.models.save import SHARD, save_model
 
@@ -80,8 +80,7 @@ def _convert(folder: Path, name, out, block_size: int, mask_token: str, dtype, m
     family = _family(values.get("model_type"), shift, name)
     check_weights(folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    require_tokenizer(tokenizer, name)
     left = ("model_type", "architectures", "auto_map")
     config = family.config_class.from_dict({key: value for key, value in values.items() if key not in left})
     config.block_size = block_size

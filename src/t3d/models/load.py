@@ -172,6 +172,12 @@ def load_tokenizer(name: str | os.PathLike):
         transformers_logging.set_verbosity(verbosity)
 
 
+def require_tokenizer(tokenizer, name) -> None:
+    """Raises T3DError if the checkpoint `name` came without a tokenizer."""
+    if tokenizer is None:
+        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+
+
 def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
     """All token ids that end a response: generation_config's list, which loading completes, else config's."""
     for source in (model.generation_config, model.config):
@@ -185,8 +191,7 @@ def generation_ids(name: str | os.PathLike):
     """`(tokenizer, stop ids, block size or window)` of a checkpoint whose weights are not needed, or not there."""
     folder = local_folder(name)
     tokenizer, found = load_tokenizer(folder), dict[str, Any]()
-    if tokenizer is None:
-        raise T3DError(f"{name} has no tokenizer; put the model's tokenizer files into the folder")
+    require_tokenizer(tokenizer, name)
     for file in ("config.json", "generation_config.json"):
         if (folder / file).exists():
             found |= {k: v for k, v in read_json(folder / file).items() if v is not None}

@@ -16,6 +16,7 @@ from t3d.evaluation.scoring import Scorer, load_scorer
 from t3d.evaluation.text import add_text_quality, check_libraries
 from t3d.log import log
 from t3d.models import load_model
+from t3d.models.load import require_tokenizer
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
 from t3d.pipeline.versions import versions
@@ -98,8 +99,7 @@ def check_evaluation(recipe: Recipe, inputs: Inputs) -> None:
     settings = [inputs.eval_task.guided(decoding, tokenizer) for decoding in recipe.eval.settings(recipe.seed)]
     check_prompts(recipe, model, tokenizer, prompts, names, settings)
     for path in recipe.eval.checkpoints:
-        if load_model(checkpoint(path), dtype=recipe.model.dtype, device="cpu")[1] is None:
-            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        require_tokenizer(load_model(checkpoint(path), dtype=recipe.model.dtype, device="cpu")[1], path)
     _names(recipe.eval.checkpoints)
 
 

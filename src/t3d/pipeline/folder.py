@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from t3d.config import Recipe
@@ -32,7 +33,8 @@ SAVE_SECONDS = 5.0  # how much of a stage's measured time a kill may lose
 
 
 class RunFolder:
-    """RUN, held by this process inside `with`. If the block fails before a stage began, a folder made here is removed.
+    """RUN, held by this process inside `with`. If the block fails before a stage began, the folders made here are
+    removed.
 
     Raises:
         T3DError: when the folder cannot be written, another process holds it, or it holds something else.
@@ -47,12 +49,12 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         with contextlib.ExitStack() as stack, writing(self.path):
-            new = not self.path.exists()
+            made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise T3DError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-            if not new and any(self.path.iterdir()) and not (self / ".lock").exists():
+            if not made and any(self.path.iterdir()) and not (self / ".lock").exists():
                 raise T3DError(f"{self.path} is not empty and not a run folder; choose another run_dir")
             lock = stack.enter_context(open(self / ".lock", "a"))
             try:
@@ -61,8 +63,8 @@ class RunFolder:
                 raise InUseError(
                     f"{self.path} is in use by another run; wait for it, or choose another run_dir"
                 ) from error
-            if new:
-                stack.push(self._remove_if_unused)
+            if made:
+                stack.push(partial(self._remove_if_unused, made[1:]))
             for leftover in self.path.glob(".removed-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             stack.enter_context(to_file(self / "log.txt"))
@@ -73,9 +75,12 @@ class RunFolder:
     def __exit__(self, *exception):
         return self._stack.__exit__(*exception)
 
-    def _remove_if_unused(self, kind, *_):
+    def _remove_if_unused(self, parents: list[Path], kind, *_):
         if kind is not None and not any((self / name).exists() for name in (*STAGES, CALIBRATION)):
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run has begun in one of them
+                for parent in parents:
+                    parent.rmdir()
 
     def _log_failure(self, kind, error, traceback):
         if kind is not None:

@@ -16,7 +16,7 @@ from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import FAMILIES, load_model, load_tokenizer
 from t3d.models.files import first_line, local_folder
-from t3d.models.load import cast, check_mask, mask_of
+from t3d.models.load import cast, check_mask, mask_of, require_tokenizer
 from t3d.tasks import Problem, Task, get_task
 from t3d.tasks.base import DROP
 
@@ -44,8 +44,7 @@ class Inputs:
             return new_model(config, self.recipe.seed, dtype, device), self.tokenizer
         path = checkpoint(wanted.path)
         model, tokenizer = load_model(path, dtype, device, quantisation=quantisation, quantize=quantize)
-        if tokenizer is None:
-            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        require_tokenizer(tokenizer, path)
         return model, tokenizer
 
     @cached_property
@@ -58,8 +57,7 @@ class Inputs:
             return build_tokenizer()
         path = checkpoint(wanted.path)
         tokenizer = load_tokenizer(path)
-        if tokenizer is None:
-            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        require_tokenizer(tokenizer, path)
         return tokenizer
 
     @cached_property

@@ -5,13 +5,12 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from t3d.answers import JUDGED_TOGETHER, Job, store_answers
 from t3d.blocks import geometry
 from t3d.config import Recipe
 from t3d.decoding import DecodingConfig
 from t3d.engine import make_engine
+from t3d.engine.progress import Bar
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.pipeline.folder import RunFolder
@@ -113,10 +112,9 @@ def unsolved(found: TrajectoryDataset, n: int) -> set[str]:
 def _decode(engine, jobs: list[Job], decoding: DecodingConfig, inputs: Inputs, writer: TrajectoryWriter, every: int):
     """Write the answers that the writer does not have."""
     counts = store_answers(writer, engine, jobs, decoding, inputs.task, together=min(JUDGED_TOGETHER, every))
-    with tqdm(total=len(jobs), initial=next(counts), desc="rollout", unit="seq", disable=None) as bar:
+    with Bar(total=len(jobs), initial=next(counts), desc="rollout", unit="seq", disable=None) as bar:
         for count in counts:
-            bar.update(count - bar.n)
-            bar.set_postfix_str(engine.stats.line(bar.format_dict["elapsed"]))
+            bar.at(count, engine.stats)
 
 
 def adopted(recipe: Recipe, inputs: Inputs) -> TrajectoryDataset:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
@@ -17,6 +16,7 @@ from t3d.distill.held_out import HeldOut
 from t3d.distill.lora import quantisation
 from t3d.distill.rewards import UNVERIFIED, Judge
 from t3d.embedded import checkpoint as checkpoint_of
+from t3d.engine.progress import Bar
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model, load_tokenizer
@@ -288,13 +288,11 @@ class _Progress(TrainerCallback):
         self.shown = shown
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step",
-            disable=True if args.disable_tqdm or not self.shown else None,
-        )  # fmt: skip
+        hidden = True if args.disable_tqdm or not self.shown else None
+        self.bar = Bar(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.at(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.shown:

@@ -1,17 +1,16 @@
 """The `report` section of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from t3d.errors import T3DError
+from t3d.components import check_values, setting
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """What the report shows besides the numbers."""
 
-    title: str = field(default="", metadata={"help": "heading of the report; default: the names of the runs"})
-    problems: int = field(default=24, metadata={"help": "problems in the trajectory viewer"})
+    title: str = setting("", "heading of the report; default: the names of the runs")
+    problems: int = setting(24, "problems in the trajectory viewer", low=0)
 
     def __post_init__(self):
-        if self.problems < 0:
-            raise T3DError(f"problems must not be negative, got {self.problems}")
+        check_values(self)

@@ -3,12 +3,9 @@
 import asyncio
 import base64
 import hashlib
-import math
 import re
 import signal
-import time
 from contextlib import asynccontextmanager, suppress
-from dataclasses import fields
 from importlib.resources import files
 
 import anyio
@@ -18,12 +15,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from t3d import __version__
-from t3d.decoding.config import OWNED
-from t3d.decoding.flight import FLIGHTS
-from t3d.decoding.policy import POLICIES, Policy
 from t3d.errors import T3DError
 from t3d.serve import replies
 from t3d.serve.answer import CHAT, COMPLETION, Answer, Form
+from t3d.serve.catalogue import catalogue, find
 from t3d.serve.config import ServeConfig
 from t3d.serve.errors import ApiError
 from t3d.serve.guard import Guard
@@ -40,58 +35,19 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
         raise T3DError("two models have the same name; give names: t3d serve teacher=FOLDER student=FOLDER")
     metrics = Metrics(served.worker for served in models)
     page, policy = _page()
-    started = int(time.time())
-
-    updates: set[asyncio.Task] = set()  # tasks that nobody else holds
-
-    def hang_up() -> None:
-        task = asyncio.ensure_future(read_again())
-        updates.add(task)
-        task.add_done_callback(updates.discard)
-
-    async def read_again() -> None:
-        for served in models:
-            with suppress(T3DError):  # the log has it
-                await update(served, served.path, config.decoding)
-
-    @asynccontextmanager
-    async def lifespan(_):
-        for served in models:
-            served.worker.start(asyncio.get_running_loop())
-        if config.weight_updates:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-        yield
-        for served in models:
-            await asyncio.to_thread(served.worker.close)
 
     # the interactive documentation would load its scripts from elsewhere
     app = FastAPI(
-        title="t3d", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=replies.ERRORS
+        title="t3d",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan(models, config),
+        responses=replies.ERRORS,
     )
 
-    def find(name: str | None) -> Served:
-        if name is None:
-            return models[0]
-        if name not in named:
-            raise ApiError(
-                404,
-                f"The model {name!a} does not exist; there is {', '.join(named)}",
-                param="model",
-                code="model_not_found",
-            )
-        return named[name]
-
-    def card(served: Served) -> dict:
-        d = served.default
-        ours = {
-            "context": served.worker.longest,
-            "block_size": d.block_size or served.model.config.window,
-            "steps": d.steps or d.block_size or served.model.config.window,
-        } | {name: getattr(d, name) for name in ("strategy", "flight", *OWNED, "temperature", "top_k", "top_p")}
-        return {"id": served.name, "object": "model", "created": started, "owned_by": "t3d", "t3d": ours}
-
     async def respond(form: Form, body: Decoding, request: Request) -> Response:
-        served = find(body.model)
+        served = find(named, body.model)
         clock = metrics.clock(served.name)
         requests = await asyncio.to_thread(served.chat if form.chat else served.complete, body)
         job = served.worker.submit(requests, watch=bool(body.stream_steps))
@@ -117,59 +73,25 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     @app.post("/tokenize", response_model=replies.TokenizeReply)
     async def tokenize(body: TokenizeBody):
         """The tokens of a text, or of a conversation through the model's chat template."""
-        return await asyncio.to_thread(find(body.model).tokenize, body)
+        return await asyncio.to_thread(find(named, body.model).tokenize, body)
 
     @app.post("/detokenize", response_model=replies.DetokenizeReply)
     async def detokenize(body: DetokenizeBody):
         """The text of tokens."""
-        return await asyncio.to_thread(find(body.model).detokenize, body)
+        return await asyncio.to_thread(find(named, body.model).detokenize, body)
 
     if config.weight_updates:
 
         @app.post("/update_weights_from_disk", response_model=replies.UpdateReply)
         async def update_weights(body: UpdateBody):
             """Serve another checkpoint of the same architecture; answers when its weights are in use."""
-            served = find(body.model)
+            served = find(named, body.model)
             try:
                 waited = await update(served, body.model_path, config.decoding)
             except T3DError as error:
                 raise ApiError(400, str(error), param="model_path", code="weights_refused") from error
             said = f"{served.name} has the weights of {body.model_path}"
             return {"success": True, "message": said, "num_paused_requests": waited}
-
-    @app.get("/v1/models", response_model=replies.Cards)
-    async def list_models():
-        """The models served; `t3d` has their defaults."""
-        return {"object": "list", "data": [card(served) for served in models]}
-
-    @app.get("/v1/models/{name:path}", response_model=replies.Card)
-    async def one_model(name: str):
-        return card(find(name))
-
-    def about(owner: type) -> dict:
-        """What a policy or flight does, and its settings: of each its type, default, bounds and choices."""
-        settings = []
-        for f in fields(owner):
-            kind = type(f.default).__name__
-            one = {"name": f.name, "type": kind, "default": f.default, "help": f.metadata["help"]}
-            one |= {key: f.metadata[key] for key in ("low", "high") if math.isfinite(f.metadata[key])}
-            settings.append(one | ({"choices": f.metadata["choices"]} if f.metadata["choices"] else {}))
-        return {"description": owner.__doc__.split("\n")[0], "settings": settings}
-
-    @app.get("/v1/strategies", response_model=replies.Strategies, response_model_exclude_unset=True)
-    async def strategies():
-        """Unmasking strategies, each with the setting that trades its speed for quality."""
-
-        def knob(policy: type[Policy]) -> dict | None:
-            f = policy.speed()
-            return f and {"name": f.name, "slow": f.metadata["slow"], "fast": f.metadata["fast"]}
-
-        return {"object": "list", "data": [{"id": name, "knob": knob(p)} | about(p) for name, p in POLICIES.items()]}
-
-    @app.get("/v1/flights", response_model=replies.Flights, response_model_exclude_unset=True)
-    async def flights():
-        """What a forward can compute: one block after the other, several in flight, look-ahead, self-speculation."""
-        return {"object": "list", "data": [{"id": name} | about(flight) for name, flight in FLIGHTS.items()]}
 
     @app.get("/health", response_model=replies.Health, responses={503: {"model": replies.Health}})
     async def health():
@@ -185,6 +107,42 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     @app.get("/", response_class=HTMLResponse)
     async def playground():
         return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+
+    catalogue(app, named)
+    _answer_faults(app)
+    metrics.paths = {route.path for route in app.routes}
+    return Guard(app, config, metrics)
+
+
+def _lifespan(models: list[Served], config: ServeConfig):
+    """The workers run from the application's startup to its shutdown; SIGHUP reads weights again, if that is wanted."""
+    updates: set[asyncio.Task] = set()  # tasks that nobody else holds
+
+    def hang_up() -> None:
+        task = asyncio.ensure_future(read_again())
+        updates.add(task)
+        task.add_done_callback(updates.discard)
+
+    async def read_again() -> None:
+        for served in models:
+            with suppress(T3DError):  # the log has it
+                await update(served, served.path, config.decoding)
+
+    @asynccontextmanager
+    async def lifespan(_):
+        for served in models:
+            served.worker.start(asyncio.get_running_loop())
+        if config.weight_updates:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+        yield
+        for served in models:
+            await asyncio.to_thread(served.worker.close)
+
+    return lifespan
+
+
+def _answer_faults(app: FastAPI) -> None:
+    """Whatever goes wrong is answered as OpenAI's endpoints do."""
 
     @app.exception_handler(ApiError)
     async def api_error(request, error: ApiError):
@@ -206,9 +164,6 @@ def create_app(models: list[Served], config: ServeConfig) -> Guard:
     @app.exception_handler(Exception)
     async def fault(request, error: Exception):
         return ApiError(500, "the server made a mistake; its log says more")
-
-    metrics.paths = {route.path for route in app.routes}
-    return Guard(app, config, metrics)
 
 
 class EventStream(StreamingResponse):

@@ -4,47 +4,42 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from t3d.components import check_values, setting
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def _help(text: str, **kwargs):
-    return field(metadata={"help": text}, **kwargs)
-
-
 @dataclass(frozen=True)
 class ServeConfig:
     """Settings of `t3d serve`, checked when they are made."""
 
-    host: str = _help("address to listen at; the default can be reached from this machine only", default="127.0.0.1")
-    port: int = _help("port to listen at; 0 chooses one", default=8000)
-    api_key: str | None = _help("key that clients must send", default=None)
-    allow_hosts: tuple[str, ...] = _help("further names (Host header) to answer to on loopback", default=())
-    max_queue: int = _help("sequences that may wait besides those being decoded", default=256)
-    max_body: int = _help("bytes of a request's body", default=1 << 20)
-    timeout: float = _help("seconds for one request, from its body's arrival to the end of its answer", default=600.0)
-    body_timeout: float = _help("seconds for a request's head to arrive, and for its body", default=30.0)
-    grace: float = _help("seconds that answers in progress get when the server is stopped", default=30.0)
-    weight_updates: bool = _help(
-        "read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk", default=False
+    host: str = setting("127.0.0.1", "address to listen at; by default only this machine can reach it")
+    port: int = setting(8000, "port to listen at; 0 chooses one", low=0, high=65535)
+    allow_host: tuple[str, ...] = setting(
+        (), "another host name to answer to, for a proxy on this machine; may be repeated"
     )
-    decoding: dict = _help(
-        "fields of DecodingConfig where a request does not say; others as the checkpoint recommends",
-        default_factory=dict,
+    max_batch_size: int = setting(64, "sequences decoded at once, per model", low=1)
+    kv_cache_tokens: int | None = setting(None, "size of the cache in tokens, per model; default: what fits", low=1)
+    prefix_cache: bool = setting(True, "compute only once what requests have in common at the beginning")
+    max_queue: int = setting(256, "sequences that may wait; further clients get 429", low=0)
+    max_body: int = setting(1 << 20, "largest size of a request in bytes", low=1)
+    timeout: float = setting(600.0, "longest time for one request in seconds", above=0)
+    body_timeout: float = setting(30.0, "longest time for a request to arrive in seconds", above=0)
+    weight_updates: bool = setting(
+        False, "read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk"
     )
+    grace: float = setting(30.0, "seconds to finish answers when stopped", low=0)
+    dtype: str | None = setting(None, "float32, bfloat16, ...; default: the checkpoint's")
+    device: str | None = setting(None, "cpu, cuda, ...; default: cuda if there is one")
+    quantize: str | None = setting(None, "int8 or int4: weights of so few bits")
+    api_key: str | None = field(default=None, repr=False)  # that clients must send
+    decoding: dict = field(default_factory=dict)  # where a request does not say; else as the checkpoint recommends
 
     def __post_init__(self):
+        check_values(self)
         DecodingConfig(**self.decoding)  # says what is wrong with it before anything is loaded
-        if not 0 <= self.port < 65536:
-            raise T3DError(f"--port must lie in 0..65535, got {self.port}")
-        for name in ("max_queue", "grace"):
-            if getattr(self, name) < 0:
-                raise T3DError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("max_body", "timeout", "body_timeout"):
-            if getattr(self, name) <= 0:
-                raise T3DError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise T3DError("the API key must be one line of printable ASCII characters, and not empty")
         if self.weight_updates and self.api_key is None and self.host not in LOOPBACK:

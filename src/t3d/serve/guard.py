@@ -21,7 +21,7 @@ class Guard:
         self.app, self.config, self.metrics = app, config, metrics
         self.key = config.api_key.encode() if config.api_key else None
         # Names are checked on loopback only: there they keep web pages from reaching us by DNS rebinding.
-        self.hosts = {*LOOPBACK, *config.allow_hosts} if config.host in LOOPBACK else None
+        self.hosts = {*LOOPBACK, *config.allow_host} if config.host in LOOPBACK else None
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":

@@ -4,16 +4,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import Field as Field_
 from dataclasses import fields, replace
+from math import isfinite
 from random import SystemRandom
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from t3d.decoding.config import OWNED, DecodingConfig
+from t3d.decoding.config import DecodingConfig
 from t3d.decoding.flight import FLIGHTS
 from t3d.decoding.logprobs import MOST as MOST_LOGPROBS
-from t3d.decoding.policy import POLICIES, SCHEDULES
+from t3d.decoding.policy import POLICIES
 from t3d.errors import nearest
 
 # OpenAI's fields that mean nothing here, and may therefore have any value
@@ -81,54 +82,55 @@ class SchemaFormat(Strict):
     json_schema: JsonSchema
 
 
-def _owned(f: Field_) -> tuple:
-    """The field for a setting of a policy or flight, within its bounds."""
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    kind = Literal[choices] if choices else f.type if isinstance(f.type, type) else {"int": int, "float": float}[f.type]
-    if not choices:
-        kind = Annotated[kind, Field(ge=max(low, -MOST), le=min(high, MOST))]
-    return (kind | None, Field(None, description=f.metadata["help"]))
-
-
 MOST = 10**9
-Owned = create_model("Owned", __base__=Strict, **{name: _owned(f) for name, f in OWNED.items()})
+OTHERWISE: dict[str, Any] = {  # settings that a request gives in another form, or within other bounds
+    "temperature": Annotated[float, Field(ge=0, le=2)],
+    "n": Annotated[int, Field(ge=1, le=128)],
+    "seed": Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)],
+    "stop": Text | list[Text],
+    "stop_ids": Annotated[list[Id], Field(max_length=64)],
+    "negative_prompt": Text,
+    # any text, so that an unknown one is answered with the nearest that there is
+    "strategy": Annotated[str, WithJsonSchema({"type": "string", "enum": list(POLICIES)})],
+    "flight": Annotated[str, WithJsonSchema({"type": "string", "enum": list(FLIGHTS)})],
+}
+
+
+def _setting(f: Field_, kind: Any) -> tuple:
+    """The field for a setting of a decode: its type, or OTHERWISE, within its bounds; null is the server's default."""
+    about = f.metadata
+    if f.name in OTHERWISE:
+        kind = OTHERWISE[f.name]
+    elif about["choices"]:
+        kind = Literal[about["choices"]]
+    else:
+        kind = next((k for k in get_args(kind) if k is not type(None)), kind)
+        if kind in (int, float):
+            least = {"gt": about["above"]} if isfinite(about["above"]) else {"ge": max(about["low"], -MOST)}
+            most = {"lt": about["below"]} if isfinite(about["below"]) else {"le": min(about["high"], MOST)}
+            kind = Annotated[kind, Field(**least, **most)]
+    return (kind | None, Field(None, description=about["help"].partition("; default:")[0]))
+
+
+HINTS = get_type_hints(DecodingConfig)
+Settings = create_model(
+    "Settings", __base__=Strict, **{f.name: _setting(f, HINTS[f.name]) for f in fields(DecodingConfig)}
+)
 
 
 def refuse(name: str, message: str):
     raise PydanticCustomError("invalid_value", message, {"name": name})
 
 
-class Decoding(Owned):
+class Decoding(Settings):
     """What both endpoints take. A field that is null or missing has the server's default."""
 
     model: str | None = Field(None, description="one of /v1/models; default: the first")
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Text | list[Text] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stream: bool | None = None
     response_format: TextFormat | ObjectFormat | SchemaFormat | None = Field(
         None, description="JSON, of a schema or any object", discriminator="type"
     )
     stream_options: StreamOptions | None = None
-
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(None, description="0 is off")
-    block_size: Annotated[int, Field(ge=1)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="denoising steps per block")
-    strategy: str | None = Field(None, description="unmasking strategy", json_schema_extra={"enum": [*POLICIES, None]})
-    flight: str | None = Field(
-        None, description="what a forward computes", json_schema_extra={"enum": [*FLIGHTS, None]}
-    )
-    schedule: Literal[tuple(SCHEDULES)] | None = Field(None, description="how tokens are spread over the steps")
-    window: Annotated[int, Field(ge=1)] | None = Field(None, description="commit in pieces of this many tokens")
-    approximate_cache: Literal["none", "prefix", "dual"] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
-    negative_prompt: Text | None = None
-    confidence: Literal["untempered", "sampling"] | None = None
-    stop_ids: Annotated[list[Id], Field(max_length=64)] | None = Field(None, description="instead of the model's own")
-    ignore_eos: bool | None = None
     return_details: bool | None = Field(None, description="adds `t3d` to every choice: TPF, forwards, step map, ...")
     stream_steps: bool | None = Field(None, description="with stream: a chunk for every denoising step")
 

@@ -12,27 +12,21 @@ from t3d.engine import Engine
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model
+from t3d.models.load import require_tokenizer
 from t3d.serve.app import create_app
 from t3d.serve.config import LOOPBACK, ServeConfig
 from t3d.serve.model import Served, name_of, recommended_decoding
 from t3d.serve.worker import open_worker
 
 
-def serve(
-    models: list[str],
-    config: ServeConfig,
-    dtype: str | None = None,
-    device: str | None = None,
-    quantize: str | None = None,
-    **engine_options,
-) -> None:
+def serve(models: list[str], config: ServeConfig) -> None:
     """Serve `[NAME=]CHECKPOINT`s until SIGTERM or Ctrl-C; then answers in progress get `config.grace` seconds.
 
     Raises T3DError if the port is taken, or for a model that does not load or has no tokenizer.
     """
     listener = _listen(config)  # before the models are loaded, which may take minutes
     try:
-        served = load(models, config, dtype, device, quantize, **engine_options)
+        served = load(models, config)
         app = create_app(served, config)
         host, port = listener.getsockname()[:2]
         if config.host not in LOOPBACK and config.api_key is None:
@@ -44,19 +38,23 @@ def serve(
         listener.close()
 
 
-def load(
-    models: list[str], config: ServeConfig, dtype=None, device=None, quantize=None, **engine_options
-) -> list[Served]:
+def load(models: list[str], config: ServeConfig) -> list[Served]:
     loaded = []
     for argument in models:
         name, path = name_of(argument)
-        model, tokenizer = load_model(checkpoint(path), dtype, device, quantize=quantize)
-        if tokenizer is None:
-            raise T3DError(f"{path} has no tokenizer; put the model's tokenizer files into the folder")
+        model, tokenizer = load_model(checkpoint(path), config.dtype, config.device, quantize=config.quantize)
+        require_tokenizer(tokenizer, path)
         loaded.append((name, path, model, tokenizer, recommended_decoding(path, model, tokenizer, config.decoding)))
     served = []
     for name, path, model, tokenizer, default in loaded:
-        engine = Engine(model, tokenizer, memory_share=0.5 / len(loaded), **engine_options)
+        engine = Engine(
+            model,
+            tokenizer,
+            max_batch_size=config.max_batch_size,
+            kv_cache_tokens=config.kv_cache_tokens,
+            prefix_cache=config.prefix_cache,
+            memory_share=0.5 / len(loaded),
+        )
         worker = open_worker(engine, name, config.max_queue)
         served.append(Served(worker, default, path))
     return served

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from t3d.components import check_values, setting
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
 from t3d.tasks.retrieval import Passage, index_of
@@ -18,10 +19,6 @@ SPLITS = ("train", "dev", "test")
 STOP, DROP = "stop", "drop"  # what to do about prompts that cannot be decoded
 DATASET_KEYS = ("dataset_config", "dataset_train_split", "dataset_test_split")
 THINK = "<think>\n"
-
-
-def _help(text: str, **kwargs):
-    return field(metadata={"help": text}, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -48,50 +45,44 @@ class Verdict:
 class TaskConfig:
     """Which problems to use and how to ask them."""
 
-    name: str = _help("task, or a Python file that registers one", default="word_problems")
-    eval_name: str | None = _help("another task for evaluation; default: `name`", default=None)
-    path: str | None = _help(
-        "local file to read problems from: JSONL, JSON, CSV, TSV, Parquet, gzipped or not", default=None
+    name: str = setting("word_problems", "task, or a Python file that registers one")
+    eval_name: str | None = setting(None, "another task for evaluation; default: `name`")
+    path: str | None = setting(None, "local file to read problems from: JSONL, JSON, CSV, TSV, Parquet, gzipped or not")
+    eval_path: str | None = setting(None, "local file for evaluation; default: `path`")
+    dataset: str | None = setting(
+        None, "dataset on the hub instead of the task's own, e.g. Gen-Verse/GSM8K, or a folder with one"
     )
-    eval_path: str | None = _help("local file for evaluation; default: `path`", default=None)
-    dataset: str | None = _help(
-        "dataset on the hub instead of the task's own, e.g. Gen-Verse/GSM8K, or a folder with one", default=None
+    dataset_config: str | None = setting(None, "configuration (subset) of `dataset`")
+    dataset_train_split: str | None = setting(None, "split of `dataset` for rollouts; default: train")
+    dataset_test_split: str | None = setting(
+        None, "split of `dataset` for evaluation, e.g. train[90%:]; default: test, or validation for dev"
     )
-    dataset_config: str | None = _help("configuration (subset) of `dataset`", default=None)
-    dataset_train_split: str | None = _help("split of `dataset` for rollouts; default: train", default=None)
-    dataset_test_split: str | None = _help(
-        "split of `dataset` for evaluation, e.g. train[90%:]; default: test, or validation for dev", default=None
-    )
-    question_field: str | None = _help("field of the question; default: the task's own", default=None)
-    answer_field: str | None = _help("field of the reference answer; default: the task's own", default=None)
-    id_field: str | None = _help("field of the id; default: 'id' where present, else file and line", default=None)
-    kind: str | None = _help("of parallel_bench: which kind of problem, e.g. copy or shuffle", default=None)
-    size: int | None = _help(
-        "of parallel_bench: how many names, rows or sentences; default: the kind's own", default=None
-    )
-    template: str | None = _help("prompt text around {question}; default: the task's own", default=None)
-    retrieve: str | None = _help(
+    question_field: str | None = setting(None, "field of the question; default: the task's own")
+    answer_field: str | None = setting(None, "field of the reference answer; default: the task's own")
+    id_field: str | None = setting(None, "field of the id; default: 'id' where present, else file and line")
+    kind: str | None = setting(None, "of parallel_bench: which kind of problem, e.g. copy or shuffle")
+    size: int | None = setting(None, "of parallel_bench: how many names, rows or sentences; default: the kind's own")
+    template: str | None = setting(None, "prompt text around {question}; default: the task's own")
+    retrieve: str | None = setting(
+        None,
         "folder or file of documents (txt, md, jsonl with `text`): their best passages fill {context} of the template",
-        default=None,
     )
-    retrieve_passages: int = _help("of retrieve: most passages for a question", default=3)
-    retrieve_words: int = _help("of retrieve: most words in a passage", default=128)
-    start_with_think: bool = _help("begin the answer with <think>", default=False)
-    num_train: int | None = _help("problems used for rollouts; default: all", default=None)
-    num_eval: int | None = _help("problems used for evaluation; default: all", default=None)
-    bad_prompts: str = _help(
-        "prompts that are too long or contain the mask token: 'stop' the run or 'drop' them", default=STOP
+    retrieve_passages: int = setting(3, "of retrieve: most passages for a question", low=1)
+    retrieve_words: int = setting(128, "of retrieve: most words in a passage", low=1)
+    start_with_think: bool = setting(False, "begin the answer with <think>")
+    num_train: int | None = setting(None, "problems used for rollouts; default: all")
+    num_eval: int | None = setting(None, "problems used for evaluation; default: all")
+    bad_prompts: str = setting(
+        STOP,
+        "prompts that are too long or contain the mask token: 'stop' the run or 'drop' them",
+        choices=(STOP, DROP),
     )
-    data_seed: int = _help("seed of generated problems and of the choice among more than asked for", default=0)
-    time_scale: float = _help("factor on the time limits of programs, for a slow machine", default=1.0)
-    allow_unsandboxed: bool = _help("run generated code even where the system offers no isolation", default=False)
+    data_seed: int = setting(0, "seed of generated problems and of the choice among more than asked for")
+    time_scale: float = setting(1.0, "factor on the time limits of programs, for a slow machine")
+    allow_unsandboxed: bool = setting(False, "run generated code even where the system offers no isolation")
 
     def __post_init__(self):
-        if self.bad_prompts not in (STOP, DROP):
-            raise T3DError(f"task.bad_prompts is {STOP!r} or {DROP!r}, got {self.bad_prompts!r}")
-        for name in ("retrieve_passages", "retrieve_words"):
-            if getattr(self, name) < 1:
-                raise T3DError(f"task.{name} must be at least 1, got {getattr(self, name)}")
+        check_values(self, "task.{}")
         if self.dataset is None:
             for name in DATASET_KEYS:
                 if getattr(self, name) is not None:
