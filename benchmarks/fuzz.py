@@ -319,14 +319,8 @@ def fuzz(target: str, seconds: float, seed: int) -> None:
         for number, data in enumerate(corpus):
             (kept / str(number)).write_bytes(data)
         words = "\n".join('"' + "".join(f"\\x{byte:02x}" for byte in token) + '"' for token in TOKENS)
-        options = [f"-dict={written('words', words.encode())}", f"-seed={seed + 1}"]
-        options += [
-            "-max_len=16384",
-            "-timeout=1000000",
-            "-rss_limit_mb=0",
-            "-verbosity=0",
-            f"-artifact_prefix={FOLDER}/",
-        ]
+        options = f"-max_len=16384 -timeout=1000000 -rss_limit_mb=0 -verbosity=0 -seed={seed + 1}".split()
+        options += [f"-dict={written('words', words.encode())}", f"-artifact_prefix={FOLDER}/"]
         atheris.Setup(["fuzz", str(kept), *options], findings.case)
         atheris.Fuzz()
     rng = random.Random(seed)

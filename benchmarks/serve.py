@@ -8,9 +8,9 @@ to each is compared with `Engine.generate`'s, which this process computes before
 clients are those of `hostile.py` instead; then an honest client that is told 429 or 503 comes again, and the time of
 its answer counts from its first attempt.
 
-Memory is the server's resident set: the most in a first fifth of the time (caches and arenas have been touched by then),
-and at the end. When the clients have gone, the server must hold what it held before they came: no sequences, no pages
-of the cache, no more open files. The exit code is 1 where anything of this does not hold.
+Memory is the server's resident set: the most in a first fifth of the time (caches and arenas have been touched by
+then), and at the end. When the clients have gone, the server must hold what it held before they came: no sequences, no
+pages of the cache, no more open files. The exit code is 1 where anything of this does not hold.
 """
 
 import argparse
@@ -151,9 +151,8 @@ def held(url: str, pid: int) -> dict[str, float]:
     metrics = httpx2.get(f"{url}/metrics", headers={"connection": "close"}).text
     names = ("sequences_running", "sequences_waiting", "kv_cache_tokens", "sequences_cancelled_total")
     found = {name: float(re.search(rf"^t3d_{name}\{{.*\}} (\S+)$", metrics, re.M)[1]) for name in names}
-    return found | {
-        name: len(os.listdir(f"/proc/{pid}/{place}")) for name, place in (("files", "fd"), ("threads", "task"))
-    }
+    files, threads = (len(os.listdir(f"/proc/{pid}/{place}")) for place in ("fd", "task"))
+    return found | {"files": files, "threads": threads}
 
 
 def settled(url: str, pid: int, before: dict[str, float]) -> dict[str, float]:
