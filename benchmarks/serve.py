@@ -74,7 +74,7 @@ class Load:
         """Resident memory of the server in bytes, several times a second."""
         limits = httpx2.Limits(max_connections=honest, max_keepalive_connections=honest)
         self.hostile, memory = Hostile(self.url), []
-        async with httpx2.AsyncClient(base_url=self.url, timeout=60, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=600, limits=limits) as http:
             self.end = time.monotonic() + self.seconds
             work = asyncio.gather(
                 *(self.client(http, number) for number in range(honest)),
@@ -196,7 +196,7 @@ def main() -> None:
             after = settled(url, process.pid, before)
         finally:
             process.terminate()
-            code = process.wait(60)
+            code = process.wait(300)  # of which it needs seconds, on a machine of its own
         said = read(log)
     if "Traceback" in said:
         load.errors.append("the server's log has a traceback:\n" + said[said.index("Traceback") :][:3000])
