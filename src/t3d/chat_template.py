@@ -27,6 +27,6 @@ def render(tokenizer, messages: list[dict], **options) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # whatever its code raises
-        raise T3DError(f"the chat template refuses it: {error or type(error).__name__}") from error
+        raise T3DError(f"the tokenizer's chat template refuses it: {error or type(error).__name__}") from error
     finally:
         sys.settrace(before)
