@@ -2,8 +2,10 @@
 
     python benchmarks/fuzz.py prompts --seconds 180
 
-Inputs are seeds with some bytes changed, by a seeded generator that sees no coverage. One case may take `LIMIT` seconds,
-and the process 8 GB of address space. The exit code is 1 where something was found.
+Inputs are seeds with some bytes changed. Where atheris is installed (`pip install atheris`), libFuzzer changes them and
+keeps those that reach new code; without it a seeded generator does, which sees no coverage. One case may take `LIMIT`
+seconds, and a target's process 8 GB of address space. Seconds are those of CPU time, so that other programs change
+nothing. The exit code is 1 where something was found.
 """
 
 # ruff: noqa: E501
@@ -11,11 +13,14 @@ and the process 8 GB of address space. The exit code is 1 where something was fo
 import argparse
 import contextlib
 import gzip
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import struct
 import sys
 import tempfile
@@ -23,7 +28,39 @@ import time
 import traceback
 from pathlib import Path
 
+try:
+    import atheris
+except ImportError:
+    atheris = None
+
 LIMIT = 10.0  # seconds for one case
+INSTRUMENTED = ["t3d", "omegaconf", "yaml", "jinja2", "safetensors", "gguf"]  # Python whose coverage guides
+READERS = (
+    "config",
+    "models.load",
+    "models.gguf",
+    "serve.schema",
+    "tasks.base",
+    "tasks.prompts",
+    "trajectories.upstream",
+)
+TOKENS = (
+    b"\0",
+    b'"',
+    b"[",
+    b"{",
+    b"null",
+    b"-1",
+    b"1e999",
+    b"\xff",
+    b"${",
+    b"\\ud800",
+    b"{% for",
+    b"{{",
+    b"!!",
+    b"&a ",
+    b"*a",
+)
 FOLDER = Path(tempfile.mkdtemp(prefix="t3d-fuzz-"))
 
 
@@ -185,37 +222,69 @@ TARGETS = {f.__name__: f for f in (prompts, trajectories, config, safetensors, i
                                    http)}  # fmt: skip
 
 
+class TooLong(BaseException):
+    """Raised inside a case, past everything that catches exceptions."""
+
+
 class Findings:
     """Runs cases and keeps one of each kind that did not end in a `T3DError` of one line."""
 
-    def __init__(self, target: str):
-        self.run = TARGETS[target]
-        self.tried, self.slowest, self.found = 0, 0.0, {}
+    def __init__(self, target: str, seconds: float):
+        self.target, self.run, self.seconds = target, TARGETS[target], seconds
+        self.tried, self.slowest, self.found = 0, 0.0, set()
+        self.end = time.process_time() + seconds
+        signal.signal(signal.SIGPROF, self._late)
+        # what is not Python does not come back to hear of it: then the kernel ends the process
+        most = int(self.end + 3 * LIMIT)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+
+    @staticmethod
+    def _late(*_):
+        raise TooLong
 
     def case(self, data: bytes) -> None:
+        """Ends the process, with the report, when the time is over: libFuzzer does not return."""
         from t3d.errors import T3DError
 
-        started = time.monotonic()
+        started = time.process_time()
+        if started > self.end:
+            self.report()
+        written("last", data)  # for what does not come back at all
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
         try:
             self.run(data)
         except T3DError as error:
             if "\n" in str(error):
-                self.keep(f"a message of several lines: {str(error)!r:.200}", data)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)
-            ours = [frame for frame in place if "/t3d/" in frame.filename] or place
-            where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-            self.keep(f"{type(error).__name__} at {where}", data, f": {str(error)!r:.120}")
-        took = time.monotonic() - started
-        self.slowest = max(self.slowest, took)
-        if took > LIMIT:
+                self.keep(f"a message of several lines at {place(error)}", data, f": {str(error)!r:.120}")
+        except TooLong:
             self.keep("takes too long", data)
+        except Exception as error:
+            self.keep(f"{type(error).__name__} at {place(error)}", data, f": {str(error)!r:.120}")
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        self.slowest = max(self.slowest, time.process_time() - started)
         self.tried += 1
 
     def keep(self, kind: str, data: bytes, more: str = "") -> None:
         if kind not in self.found:
-            self.found[kind] = data
-            print(f"FOUND {kind}{more}; input {data[:80]!r}", flush=True)
+            self.found.add(kind)
+            name = f"{self.target}-{len(self.found)}"
+            print(f"FOUND {kind}{more}; {written(name, data)}: {data[:80]!r}", flush=True)
+
+    def report(self) -> None:
+        print(
+            f"{self.target}: {self.seconds:g} s, {self.tried} inputs, slowest {self.slowest:.1f} s, "
+            f"{len(self.found)} kinds of failure",
+            flush=True,
+        )
+        os._exit(bool(self.found))
+
+
+def place(error: Exception) -> str:
+    """The last line of t3d that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if "/t3d/" in frame.filename] or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -228,30 +297,35 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             case 1:
                 del out[at : at + rng.randrange(1, 9)]
             case 2:
-                out[at:at] = rng.choice((b"\0", b'"', b"[", b"{", b"null", b"-1", b"1e999", b"\xff", b"${", b"\\ud800"))
+                out[at:at] = rng.choice(TOKENS)
             case _:
                 start = rng.randrange(len(out) + 1)
                 out[at:at] = out[start : start + rng.randrange(1, 33)]
     return bytes(out)
 
 
-def fuzz(target: str, seconds: float, rng: random.Random) -> int:
-    """How many kinds of failure `seconds` of inputs to `target` found."""
+def fuzz(target: str, seconds: float, seed: int) -> None:
+    """Feeds `target` for `seconds`, in a process of its own."""
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     corpus = seeds(target)
     with contextlib.suppress(Exception):
-        TARGETS[target](corpus[0])  # imports are no part of the time
-    findings = Findings(target)
+        TARGETS[target](corpus[0])  # what is loaded only then is no part of the time
+    findings = Findings(target, seconds)
     for data in corpus:
         findings.case(data)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    if atheris:
+        kept = FOLDER / f"corpus-{target}"
+        kept.mkdir()
+        for number, data in enumerate(corpus):
+            (kept / str(number)).write_bytes(data)
+        words = "\n".join('"' + "".join(f"\\x{byte:02x}" for byte in token) + '"' for token in TOKENS)
+        options = f"-max_len=16384 -timeout=1000000 -rss_limit_mb=0 -verbosity=0 -seed={seed + 1}".split()
+        options += [f"-dict={written('words', words.encode())}", f"-artifact_prefix={FOLDER}/"]
+        atheris.Setup(["fuzz", str(kept), *options], findings.case)
+        atheris.Fuzz()
+    rng = random.Random(seed)
+    while True:
         findings.case(mutated(rng.choice(corpus), rng))
-    print(
-        f"{target}: {seconds:g} s, {findings.tried} inputs, slowest {findings.slowest:.1f} s, "
-        f"{len(findings.found)} kinds of failure",
-        flush=True,
-    )
-    return len(findings.found)
 
 
 def main() -> None:
@@ -260,12 +334,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    print("guided by coverage" if atheris else "blind: atheris is not installed", f"in {FOLDER}", flush=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    found = 0
+    instrumented = atheris.instrument_imports(INSTRUMENTED) if atheris else contextlib.nullcontext()
+    with instrumented, contextlib.redirect_stderr(io.StringIO()):  # atheris tells of every module
+        for name in READERS:
+            importlib.import_module(f"t3d.{name}")
+    failed = False
     for target in args.targets:
-        found += fuzz(target, args.seconds, random.Random(args.seed))
-    sys.exit(bool(found))
+        process = multiprocessing.get_context("fork").Process(target=fuzz, args=(target, args.seconds, args.seed))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, 1):
+            (FOLDER / "last").rename(FOLDER / f"{target}-last")
+            print(f"FOUND {target}: its process ended with {process.exitcode}; the input is {FOLDER / target}-last")
+        failed |= process.exitcode != 0
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """Inputs that benchmarks/fuzz.py found, or such as it tries: each is refused with one line."""
 
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import t3d
+from t3d import chat_template
 from t3d.config import load_recipe
 from t3d.errors import T3DError
 from t3d.models.files import check_weights, read_json
+from t3d.models.load import load_tokenizer
 from t3d.tasks.records import read_records
 from t3d.trajectories.schema import open_shard
 
@@ -35,6 +41,19 @@ def test_an_index_names_files_of_its_folder(tmp_path, name):
     assert "no file of this folder" in refused(lambda: check_weights(tmp_path))
 
 
+def test_damaged_parquet(tmp_path):
+    """The library says what is wrong in several lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.jsonl"
+    pq.write_table(pa.table({"question": ["a", "b"]}), path)
+    data = bytearray(path.read_bytes())
+    data[8] = 0x17
+    path.write_bytes(data)
+    refused(lambda: list(read_records(path)))
+
+
 def test_shards_with_damaged_metadata(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -60,6 +79,35 @@ def test_shards_with_damaged_metadata(tmp_path):
 def test_recipes_run_no_code_and_read_no_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     refused(lambda: load_recipe(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 20_000, "[" * 90_000, "- " * 40_000, "? " * 40_000, "a: 1\n" * 30_000])
+def test_recipes_that_would_take_long_are_refused_at_once(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    start = time.process_time()
+    assert "is not a recipe" in refused(lambda: load_recipe(tmp_path / "a.yaml"))
+    assert time.process_time() - start < 2  # the first took 10 seconds
+
+
+LOOP = "{% for i in range(100000) %}"
+TEMPLATES = {
+    "{% for i in range(999999999) %}{% endfor %}": "Range too big",
+    LOOP * 3 + "{% endfor %}" * 3: "it takes more than 0.2 s",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ ": "unexpected",
+    "{% include '/etc/passwd' %}": "no loader",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_templates_end(monkeypatch, template):
+    tokenizer = load_tokenizer(Path(t3d.__file__).parent / "assets" / "teacher")
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    tokenizer.chat_template = template
+    before = sys.gettrace()
+    assert TEMPLATES[template] in refused(lambda: chat_template.render(tokenizer, [{"role": "user", "content": "a"}]))
+    assert sys.gettrace() is before
 
 
 def test_recipes_may_read_environment_variables(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from t3d.models.quantize import check_kind
 from t3d.report.config import ReportConfig
 from t3d.tasks import TaskConfig
 from t3d.typed import PYDANTIC, taken, type_name
+
+LONGEST, DEEPEST = 100_000, 50  # characters of a recipe, and how deeply its values are nested
 
 
 @dataclass(frozen=True)
@@ -275,7 +278,10 @@ def plain(value):
 def read_yaml(path: Path) -> dict:
     """A YAML file with a mapping at its top, interpolations as written; T3DError with one line if it is not one."""
     try:
-        config = OmegaConf.create(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        _check_size(path, text)
+        config = OmegaConf.create(text)
     except OSError as error:
         raise T3DError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -289,6 +295,18 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(config, DictConfig) or not config:
         raise T3DError(f"{path} is not a recipe: expected sections of keys ({', '.join(SECTIONS)})")
     return _plain(config)
+
+
+def _check_size(path: Path, text: str) -> None:
+    """OmegaConf's parser is slow, and much slower for what is nested deeply: that is refused before it begins."""
+    if len(text) > LONGEST:
+        raise T3DError(f"{path} is not a recipe: it is longer than {LONGEST:,} characters")
+    depth = 0
+    with suppress(yaml.YAMLError):  # the other parser says what is wrong
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise T3DError(f"{path} is not a recipe: its values are nested more than {DEEPEST} deep")
 
 
 def _override(text: str) -> dict:

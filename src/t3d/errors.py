@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class T3DError(Exception):
-    """A problem with the input, not with the program: the message says what is wrong and what to do."""
+    """A problem with the input, not with the program: the message says what is wrong and what to do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # it may quote what a library said in several
 
 
 class PromptError(T3DError):

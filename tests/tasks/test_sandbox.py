@@ -1,5 +1,6 @@
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import socket
@@ -7,13 +8,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from t3d.errors import T3DError
-from t3d.tasks import sandbox
-from t3d.tasks.sandbox import Sandbox, _isolation
+from t3d.tasks import sandbox, sandbox_child
+from t3d.tasks.sandbox import Sandbox, _has_libseccomp, _isolation
 from tests.tasks.escapes import PROBES
 from tests.tasks.hostile_programs import HOSTILE, SLOW
 
@@ -245,16 +247,37 @@ def escaped():
 @pytest.mark.parametrize("probe", ESCAPES)
 def test_no_escape_gets_through(escaped, probe):
     outcome, passed = escaped
-    if probe in FILTERED and not _libseccomp():
+    if probe in FILTERED and not _has_libseccomp():
         pytest.skip("libseccomp is not installed")
     assert passed[probe], outcome.reason
 
 
-def _libseccomp() -> bool:
-    try:
-        return bool(ctypes.CDLL("libseccomp.so.2"))
-    except OSError:
-        return False
+@isolated
+@pytest.mark.skipif(not _has_libseccomp(), reason="libseccomp is not installed")
+def test_a_kernel_that_takes_no_filter(caplog):
+    """The sandbox holds all the same, and says what is missing."""
+
+    def without(pipe):
+        lib, refuse = ctypes.CDLL("libseccomp.so.2"), 0x50000 | errno.EINVAL
+        lib.seccomp_init.restype = ctypes.c_void_p
+        rules = ctypes.c_void_p(lib.seccomp_init(0x7FFF0000))
+        way = (sandbox_child._Compare * 1)(sandbox_child._Compare(0, 4, 22))  # prctl(PR_SET_SECCOMP, ...)
+        lib.seccomp_rule_add_array(rules, refuse, lib.seccomp_syscall_resolve_name(b"seccomp"), 0, None)
+        lib.seccomp_rule_add_array(rules, refuse, lib.seccomp_syscall_resolve_name(b"prctl"), 1, way)
+        assert lib.seccomp_load(rules) == 0
+        caplog.clear()
+        _isolation.cache_clear()
+        pipe.send((_isolation()[0], Sandbox().function(SQUARE, [TEST]).ok, caplog.messages))
+
+    ours, theirs = (context := get_context("fork")).Pipe()
+    process = context.Process(target=without, args=(theirs,))
+    process.start()
+    assert ours.poll(120)
+    isolation, ok, messages = ours.recv()
+    process.join()
+    assert (isolation, ok) == (ISOLATION, True)
+    assert len(messages) == 1
+    assert "without a filter of system calls" in messages[0]
 
 
 def test_names_of_the_program_do_not_reach_the_checker(box):

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from t3d.chat_template import render
 from t3d.decoding.config import DecodingConfig
 from t3d.engine import Engine
 from t3d.errors import T3DError, nearest
@@ -95,9 +96,9 @@ class T3DHarness(LM):
     loglikelihood_rolling = loglikelihood
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        return render(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

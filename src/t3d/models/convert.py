@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from t3d.chat_template import render
 from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
 from t3d.models.files import check_weights, local_folder, read_json
@@ -132,6 +133,6 @@ def _end_of_turn(tokenizer) -> int | None:
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]
     special = [token for token in ids if token in tokenizer.all_special_ids]
     return special[-1] if special else None

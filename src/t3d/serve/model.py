@@ -6,9 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from t3d.blocks import geometry
+from t3d.chat_template import render
 from t3d.decoding.config import DecodingConfig
 from t3d.decoding.constrained import Grammar, check, grammar_tokenizer
 from t3d.engine.intake import make_requests, resolve
@@ -61,9 +60,9 @@ class Served:
                 )
             messages[users[-1]]["content"] = last
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-        except TemplateError as error:
-            raise ApiError(400, f"the model's chat template: {error}", param="messages") from error
+            return render(self.tokenizer, messages, add_generation_prompt=answer)
+        except T3DError as error:
+            raise ApiError(400, str(error), param="messages") from error
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """Raises ApiError."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from t3d.chat_template import render
 from t3d.components import check_values, setting
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
@@ -214,9 +215,9 @@ def _rendered(messages: list[dict], tokenizer, name: str) -> str:
             "chat_template.jinja to the model's folder"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # raised by the template itself
-        raise T3DError(f"{name}: the tokenizer's chat template refuses it: {' '.join(str(error).split())}") from error
+        return render(tokenizer, messages, add_generation_prompt=True)
+    except T3DError as error:
+        raise T3DError(f"{name}: {error}") from error
 
 
 def _told(system: str | None, messages: list[dict], tokenizer, name: str) -> str:

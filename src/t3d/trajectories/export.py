@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from t3d.chat_template import render
 from t3d.disk import writing_whole
 from t3d.errors import T3DError, nearest
 from t3d.trajectories.dataset import TrajectoryDataset
@@ -81,7 +82,7 @@ def _messages(tokenizer) -> Callable[[Trajectory], dict]:
     def rendered(messages: list[dict]) -> str:
         if not getattr(tokenizer, "chat_template", None):
             return messages[-1]["content"]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return render(tokenizer, messages, add_generation_prompt=True)
 
     before, _, after = rendered([{"role": "user", "content": _MARK}]).partition(_MARK)
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from t3d.chat_template import render
 from t3d.errors import T3DError
 from t3d.tasks.records import read_records
 from t3d.trajectories.fingerprint import tokenizer_fingerprint
@@ -168,5 +169,5 @@ def _prompt(record: dict, tokenizer, template: str) -> list[int]:
         if not isinstance(record.get("question"), str) or not record["question"].strip():
             raise _Unusable("without prompt and question")
         chat = [{"role": "user", "content": template.format(question=record["question"])}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, chat, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
