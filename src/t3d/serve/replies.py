@@ -165,9 +165,14 @@ class Health(Reply):
     models: dict[str, str] = Field({}, description="why each one that fails does")
 
 
-STREAM = {
+STREAM = {  # the schema is of one event
     "text/event-stream": {
-        "schema": {"type": "string", "description": "with stream: OpenAI's chunks as server-sent events"}
+        "schema": {
+            "type": "object",
+            "description": "with stream: a server-sent event",
+            "properties": {"data": {"type": "string", "description": "one of OpenAI's chunks as JSON, or [DONE]"}},
+            "required": ["data"],
+        }
     }
 }
 ERRORS = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
