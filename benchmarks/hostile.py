@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-import anyio
-
 CHAT, COMPLETIONS = b"/v1/chat/completions", b"/v1/completions"
 MESSAGES = [{"role": "user", "content": "Tom had 5 apples. He got 3 more. How many now?"}]
 LONG = {"messages": MESSAGES, "ignore_eos": True, "temperature": 1.0}  # goes on until the context is full
@@ -106,15 +104,17 @@ class Hostile:
 
     async def talk(self, pieces: Iterable[bytes], pause: float = 0.0, patience: float = 40.0) -> None:
         """Send the pieces, `pause` seconds apart, read what comes, and break off after `patience` seconds."""
-        pieces = list(pieces)
-        with anyio.move_on_after(patience), suppress(OSError):
-            reader, writer = await asyncio.open_connection(self.host, self.port)
-            try:
-                await asyncio.gather(self.write(writer, pieces, pause), self.read(reader, pieces[0]))
-            finally:
-                reset = struct.pack("ii", 1, 0)  # where closing would be polite
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-                writer.transport.abort()
+        with suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.exchange(list(pieces), pause), patience)
+
+    async def exchange(self, pieces: list[bytes], pause: float) -> None:
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            await asyncio.gather(self.write(writer, pieces, pause), self.read(reader, pieces[0]))
+        finally:
+            reset = struct.pack("ii", 1, 0)  # where closing would be polite
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.transport.abort()
 
     async def write(self, writer: asyncio.StreamWriter, pieces: list[bytes], pause: float) -> None:
         with suppress(OSError):  # there may be an answer all the same
