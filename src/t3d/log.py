@@ -52,4 +52,5 @@ def to_file(path: Path):
     finally:
         for name in _SOURCES:
             logging.getLogger(name).removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # its last lines find no room: whatever ended the run says so
+            handler.close()
