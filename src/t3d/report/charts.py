@@ -40,13 +40,22 @@ def front(series: list[Series]) -> list[Point]:
     return [points[i] for i in pareto([(round(p.x, 1), p.y) for p in points])]
 
 
-def labelled(series: list[Series], near_x: float, near_y: float) -> list[Point]:
-    """The points whose labels have room: no other labelled point is both within `near_x` and within `near_y`."""
+def labelled(series: list[Series], character: float, line: float) -> list[Point]:
+    """The points whose labels have room, best ones first; a label stands to the right of its point.
+
+    character, line: width of a character and height of a line, in units of x and y.
+    """
     found: list[Point] = []
-    for p in (p for s in series for p in s.points):
-        if all(abs(p.x - q.x) > near_x or abs(p.y - q.y) > near_y for q in found):
+    for p in (*front(series), *(p for s in series for p in s.points)):
+        beside = (abs(p.y - q.y) > line or _apart(p, q, character) or _apart(q, p, character) for q in found)
+        if all(beside):
             found.append(p)
     return found
+
+
+def _apart(p: Point, q: Point, character: float) -> bool:
+    """Whether q is to the right of p's label."""
+    return q.x - p.x > (len(p.label) + 1) * character
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -101,7 +110,7 @@ def accuracy_chart(series: list[Series], width: int, height: int) -> str:
         parts.append(f'<g class="c{colour}"><path class="limit" d="{line}">{title}</path></g>')
     best = front(series)
     across, up = (xs[-1] - xs[0]) / (width - left - right), (ys[-1] - ys[0]) / (height - top - bottom)  # per pixel
-    roomy = labelled(series, 50 * across, 13 * up)
+    roomy = labelled(series, 6.5 * across, 13 * up)
     if len(best) > 1:
         parts.append(f'<path class="front" d="M{"L".join(f"{x(p.x)} {y(p.y)}" for p in best)}"/>')
     for s in series:

@@ -33,7 +33,7 @@ def save_accuracy_plot(
         axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
         best, points = front(series), [p for s in series for p in s.points]
         spans = [max(values) - min(values) for values in ([p.x for p in points], [p.y for p in points])]
-        roomy = labelled([Series("", 0, best)] if many else series, 0.1 * spans[0], 0.05 * spans[1])
+        roomy = labelled([Series("", 0, best)] if many else series, 0.013 * spans[0], 0.05 * spans[1])
         if len(best) > 1:
             axes.plot([p.x for p in best], [p.y for p in best], color="#b9bec6", linewidth=5, alpha=0.5, zorder=1)
         for value, colour in limits(series):
