@@ -126,7 +126,8 @@ def group(pid: int, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def child(pid: int, folder: Path) -> Iterator[None]:
-    """SIGKILL to one worker or helper of the command, or to it where it has none; not to Ray's own processes."""
+    """SIGKILL to one worker or helper of the command, or to it where it has none; not to Ray's own processes, without
+    which Ray ends the command."""
     import psutil
 
     found = []
@@ -134,7 +135,7 @@ def child(pid: int, folder: Path) -> Iterator[None]:
         for process in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
-                if "ray::_Worker" in line or "/ray/" not in line:
+                if line.startswith(("ray::_Worker", "ray::IDLE")) or ("/ray/" not in line and "ray::" not in line):
                     found.append(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.kill(random.choice(found or [pid]), signal.SIGKILL)

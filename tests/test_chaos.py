@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from t3d.errors import T3DError
-from t3d.pipeline.folder import writing
+from t3d.pipeline.folder import RunFolder, writing
 from t3d.trajectories import TrajectoryWriter
 from tests.trajectory_examples import make_trajectory
 
@@ -78,6 +78,19 @@ def test_permissions_that_go_while_a_library_writes_are_one_line(tmp_path, monke
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may do everything
     with pytest.raises(T3DError, match="Permission denied; choose another run_dir, or fix"), writing(tmp_path / "a"):
         raise RuntimeError("file cannot be opened")  # as torch says it
+
+
+def test_a_folder_that_may_no_longer_be_looked_into_hides_no_error(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    def run():
+        with RunFolder(tmp_path / "run"):
+            monkeypatch.setattr(Path, "stat", refused)
+            raise T3DError("what ended the run")
+
+    with pytest.raises(T3DError, match="what ended the run"):
+        run()
 
 
 def test_a_byte_of_a_student_and_a_token_or_a_verdict_of_an_answer_are_compared(tmp_path):

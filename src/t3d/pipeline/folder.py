@@ -76,9 +76,9 @@ class RunFolder:
         return self._stack.__exit__(*exception)
 
     def _remove_if_unused(self, parents: list[Path], kind, *_):
-        if kind is not None and not any((self / name).exists() for name in (*STAGES, CALIBRATION)):
-            shutil.rmtree(self.path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another run has begun in one of them
+        with contextlib.suppress(OSError):  # it may not be looked into, or another run has begun in a parent
+            if kind is not None and not any((self / name).exists() for name in (*STAGES, CALIBRATION)):
+                shutil.rmtree(self.path, ignore_errors=True)
                 for parent in parents:
                     parent.rmdir()
 
