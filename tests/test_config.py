@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,6 +141,12 @@ def test_objectives_and_schedules_are_checked_with_the_trainers_own_words(recipe
 def test_training_arguments_get_the_recipes_seed_and_device(recipe):
     arguments = load_recipe(recipe("seed: 5\nmodel: {device: cpu}")).training_arguments("x")
     assert (arguments.seed, arguments.use_cpu, arguments.output_dir) == (5, True, "x")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_training_is_on_the_cpu_in_bfloat16_too(recipe):
+    arguments = load_recipe(recipe("train: {bf16: true}")).training_arguments("x")
+    assert (arguments.bf16, arguments.device.type) == (True, "cpu")
 
 
 def test_every_key_is_documented_and_its_default_is_valid():

@@ -7,7 +7,6 @@ Nothing meets another document or padding. Importing this registers it with tran
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,40 +21,27 @@ CHUNK = 64  # queries at a time; a noisy chunk pays for all of its own keys and 
 
 
 @dataclass
-class Piece:
-    """Queries `start .. end` and the keys they meet: `prefix .. limit`, then `own .. end`, all in the plan's order."""
-
-    start: int
-    end: int
-    prefix: int
-    limit: int
-    own: int
-    mask: Tensor | None  # boolean (end - start, keys), True = sees; None: all
-
-
-@dataclass
 class BlockPlan:
     """How to compute the attention of a `Layout`; made once per batch, used by every layer of every model.
 
     order: the tokens that are not padding, as flat indices into rows * length: document by document, its clean tokens,
     then its noisy ones by group. None: all of them, as they are.
+    pieces: int64 (pieces, 5): `start`, `end`, `prefix`, `limit` and `own` of each. Queries `start .. end` meet the keys
+    `prefix .. limit`, then `own .. end`, all in that order.
+    seen: of each piece which keys its queries see, boolean (queries, keys); None: all.
     """
 
     order: Tensor | None
-    pieces: list[Piece]
+    pieces: Tensor
+    seen: list[Tensor | None]
     _masks: dict[torch.dtype, list[Tensor | None]] = field(default_factory=dict)
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """int64 (pieces, 5): `start`, `end`, `prefix`, `limit` and `own` of each piece."""
-        return torch.tensor([[p.start, p.end, p.prefix, p.limit, p.own] for p in self.pieces])
 
     def masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Of each piece the mask that is added to its scores, or None."""
         if dtype not in self._masks:
             self._masks[dtype] = [
-                p.mask if p.mask is None else torch.zeros(p.mask.shape, dtype=dtype).masked_fill_(~p.mask, -torch.inf)
-                for p in self.pieces
+                seen if seen is None else torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+                for seen in self.seen
             ]
         return self._masks[dtype]
 
@@ -83,7 +69,8 @@ def plan(layout: Layout) -> BlockPlan:
             pieces.append((first, last, start, limit, first))
         start = end
     whole = torch.equal(order, places)
-    return BlockPlan(None if whole else order, [_piece(*places, document, copy, block, group) for places in pieces])
+    seen = [_seen(*piece, document, copy, block, group) for piece in pieces]
+    return BlockPlan(None if whole else order, torch.tensor(pieces, dtype=torch.long).reshape(-1, 5), seen)
 
 
 def _chunks(copy: Tensor, group: Tensor, begin: int, stop: int):
@@ -99,16 +86,16 @@ def _chunks(copy: Tensor, group: Tensor, begin: int, stop: int):
         yield first, last
 
 
-def _piece(start: int, end: int, prefix: int, limit: int, own: int, *places: Tensor) -> Piece:
+def _seen(start: int, end: int, prefix: int, limit: int, own: int, *places: Tensor) -> Tensor | None:
     """places: document, copy, block and group of each token."""
     keys = torch.cat([torch.arange(prefix, limit), torch.arange(own, end)])
-    mask = sees(*(x[start:end, None] for x in places), *(x[keys] for x in places[:-1]))
-    return Piece(start, end, prefix, limit, own, None if mask.all() else mask)
+    seen = sees(*(x[start:end, None] for x in places), *(x[keys] for x in places[:-1]))
+    return None if seen.all() else seen
 
 
 @torch.library.custom_op("t3d::block_attention", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, masks: list[Tensor | None], scale: float
+    q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, masks: list[Tensor | None], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Every piece's attention and the logarithms of its sums of weights, (kv_heads, groups, tokens).
 
@@ -117,7 +104,7 @@ def attend(
     """
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for piece, mask in zip(bounds.tolist(), masks, strict=True):
+    for piece, mask in zip(pieces.tolist(), masks, strict=True):
         start, end = piece[:2]
         out[:, :, start:end], lse[:, :, start:end] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, start:end], _keys(k, piece, q), _keys(v, piece, q), attn_mask=mask, scale=scale
@@ -126,7 +113,7 @@ def attend(
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, masks: list[Tensor | None], scale: float):
+def _(q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, masks: list[Tensor | None], scale: float):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -139,22 +126,24 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float):
-        out, lse = attend(q, k, v, plan.bounds, plan.masks(q.dtype), scale)
+        out, lse = attend(q, k, v, plan.pieces, plan.masks(q.dtype), scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
+        *saved, lse = ctx.saved_tensors
+        # Not in bfloat16: PyTorch's backward kernel takes twice as long there, and every partial sum would be rounded.
+        q, k, v, out, grad = (x.to(lse.dtype) for x in (*saved, grad))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for bounds, mask in zip(ctx.plan.bounds.tolist(), ctx.plan.masks(q.dtype), strict=True):
-            start, end, prefix, limit, own = bounds
+        for piece, mask in zip(ctx.plan.pieces.tolist(), ctx.plan.masks(q.dtype), strict=True):
+            start, end, prefix, limit, own = piece
             dq[:, :, start:end], *both = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[:, :, start:end],
                 q[:, :, start:end],
-                _keys(k, bounds, q),
-                _keys(v, bounds, q),
+                _keys(k, piece, q),
+                _keys(v, piece, q),
                 out[:, :, start:end],
                 lse[:, :, start:end],
                 0.0,
@@ -168,12 +157,12 @@ class _BlockAttention(torch.autograd.Function):
                 if seen:
                     total[:, prefix:limit] += part[:, :seen]
                 total[:, own:end] += part[:, seen:]
-        return dq, dk, dv, None, None
+        return *(x.to(saved[0].dtype) for x in (dq, dk, dv)), None, None
 
 
-def _keys(x: Tensor, bounds: list[int], q: Tensor) -> Tensor:
+def _keys(x: Tensor, piece: list[int], q: Tensor) -> Tensor:
     """A piece's keys or values for every query head, (kv_heads, groups, keys, dim), without a copy per group."""
-    _, end, prefix, limit, own = bounds
+    _, end, prefix, limit, own = piece
     keys = x[:, own:end]
     if limit > prefix:
         keys = torch.cat([x[:, prefix:limit], keys], 1)

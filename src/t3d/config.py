@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -135,7 +136,7 @@ class Recipe:
 
     def training_arguments(self, output_dir: Path | str) -> T3DConfig:
         """`T3DConfig` of the `train` section, with what the program itself decides."""
-        cpu = self.model.device == "cpu"
+        cpu = self.model.device == "cpu" or (self.model.device is None and not torch.accelerator.is_available())
         owned = {"output_dir": str(output_dir), "seed": self.seed, "use_cpu": cpu}
         try:
             return T3DConfig(**self.train | owned)
