@@ -103,7 +103,7 @@ def test_gradients_in_bfloat16_are_sums_of_float32():
     for half, full in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
         assert half.dtype == torch.bfloat16
         error = (half.float() - full).norm() / full.norm()
-        assert error < 6e-3, error
+        assert error < 2.5e-3, error  # one rounding costs 1.7e-3; sums rounded piece by piece cost 4e-3
 
 
 def test_an_attention_that_knows_no_block_mask_is_refused():
