@@ -18,7 +18,6 @@ T3D := 'run_dir=runs/demo-seed$${seed}-t3d' 'rollout.source=runs/demo-seed$${see
 .PHONY: demo test lint docs dist
 demo: $(VENV)/.installed
 	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS)
-	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS) $(T3D)
 	$(BIN)/t3d train recipes/demo.yaml $(ARGS) $(T3D)
 	$(BIN)/t3d run recipes/demo.yaml $(ARGS) 'eval.checkpoints=["runs/demo-seed$${seed}-t3d/student"]'
 

@@ -33,6 +33,8 @@ def run_stages(recipe: Recipe, wanted: tuple[str, ...] = STAGES, force: bool = F
     """
     check_name("train.objective", recipe.objective, OBJECTIVES)
     stages = stages_of(recipe)
+    if "train" in wanted and recipe.rollout.source:
+        wanted = ("rollout", *wanted)  # only a copy: nobody has to ask for it
     wanted = tuple(stage for stage in stages if stage in wanted)
     if not wanted:
         raise T3DError(f"objective {recipe.objective!r} has no rollout: it learns from the task's own solutions")

@@ -119,6 +119,9 @@ class Answer:
         self.choices = {
             (r.index, r.sample): self._choice(number, r, served.tokens) for number, r in enumerate(job.requests)
         }  # in the order of prompts, then samples
+        self.found = {}  # what the documents gave, for those who want details
+        if form.chat and body.return_details and served.documents is not None:
+            self.found = {"context": [asdict(passage) for passage in served.retrieved(body.messages)]}
         self.head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": served.name}
 
     def _choice(self, number: int, request: Request, tokens: Tokens) -> Choice:
@@ -176,7 +179,7 @@ class Answer:
             one = {"index": choice.number, "finish_reason": choice.finish_reason, "logprobs": logprobs}
             one |= self.form.choice("".join(part.text for part in parts))
             if self.body.return_details:
-                one["t3d"] = choice.details()
+                one["t3d"] = choice.details() | self.found
             choices.append(one)
         return self.head | {"object": self.form.whole, "choices": choices, "usage": self.usage()}
 
@@ -221,7 +224,7 @@ class Answer:
                     brought = {"token_ids": new.ids, "step_map": new.steps} if details else None
                     yield chunk(choice, self.form.delta(new.text), t3d=brought, logprobs=new.logprobs)
                 if choice.trajectory is not None:
-                    last = choice.details() if details else None
+                    last = choice.details() | self.found if details else None
                     yield chunk(choice, self.form.delta(None), choice.finish_reason, last)
             if include_usage:
                 yield sse(self.head | {"object": self.form.piece, "choices": [], "usage": self.usage()})

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from t3d.components import check_values, setting
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError
+from t3d.tasks.retrieval import Documents, check_template
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -30,6 +32,12 @@ class ServeConfig:
     weight_updates: bool = setting(
         False, "read new weights at SIGHUP, from the same folders, and at POST /update_weights_from_disk"
     )
+    retrieve: str | None = setting(
+        None, "folder or file of documents: the best passages for a chat's question go into the template"
+    )
+    retrieve_passages: int = setting(3, "of retrieve: most passages for a question", low=1)
+    retrieve_words: int = setting(128, "of retrieve: most words in a passage", low=1)
+    template: str = setting("{context}\n\n{question}", "of retrieve: what the last message of the user becomes")
     grace: float = setting(30.0, "seconds to finish answers when stopped", low=0)
     dtype: str | None = setting(None, "float32, bfloat16, ...; default: the checkpoint's")
     device: str | None = setting(None, "cpu, cuda, ...; default: cuda if there is one")
@@ -39,6 +47,8 @@ class ServeConfig:
 
     def __post_init__(self):
         check_values(self)
+        if self.retrieve is not None:
+            check_template(self.template, "template")
         DecodingConfig(**self.decoding)  # says what is wrong with it before anything is loaded
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise T3DError("the API key must be one line of printable ASCII characters, and not empty")
@@ -46,6 +56,13 @@ class ServeConfig:
             raise T3DError(
                 f"--weight-updates at {self.host} would let anyone choose what is served; set an API key (T3D_API_KEY)"
             )
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """Those of `retrieve`. Raises T3DError if there are none."""
+        if self.retrieve is None:
+            return None
+        return Documents(self.retrieve, self.retrieve_passages, self.retrieve_words)
 
 
 def read_key(file: Path | None) -> str | None:

@@ -19,13 +19,25 @@ from t3d.serve.errors import ApiError
 from t3d.serve.logprobs import Tokens
 from t3d.serve.schema import MAX_BLOCK, ChatBody, CompletionBody, Decoding, DetokenizeBody, Message, TokenizeBody
 from t3d.serve.worker import Worker
+from t3d.tasks.retrieval import Documents, Passage, fill
 
 
 class Served:
-    """A name, a worker and a tokenizer. The methods take time for long prompts, and may run in any thread."""
+    """A name, a worker and a tokenizer. The methods take time for long prompts, and may run in any thread.
 
-    def __init__(self, worker: Worker, default: DecodingConfig, path: str = ""):
+    documents: what every chat's question is looked up in. template: what the question becomes with what was found.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        default: DecodingConfig,
+        path: str = "",
+        documents: Documents | None = None,
+        template: str = "{question}",
+    ):
         self.worker, self.default, self.name, self.path = worker, default, worker.name, path
+        self.documents, self.template = documents, template
         self.updating = asyncio.Lock()
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.tokenizer.encode("a", add_special_tokens=False)  # the first call may still change its settings
@@ -52,17 +64,23 @@ class Served:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         messages = [message.plain() for message in messages]
-        if last is not None:
-            users = [n for n, message in enumerate(messages) if message["role"] == "user"]
-            if not users:
-                raise ApiError(
-                    400, "negative_prompt stands for the user's message, but there is none", param="messages"
-                )
-            messages[users[-1]]["content"] = last
+        asked = _question(messages)
+        if last is not None and asked is None:
+            raise ApiError(400, "negative_prompt stands for the user's message, but there is none", param="messages")
+        if asked is not None:
+            if last is not None:
+                asked["content"] = last
+            if self.documents is not None:
+                asked["content"] = fill(self.template, asked["content"], self.documents)
         try:
             return render(self.tokenizer, messages, add_generation_prompt=answer)
         except T3DError as error:
             raise ApiError(400, str(error), param="messages") from error
+
+    def retrieved(self, messages: list[Message]) -> list[Passage]:
+        """The passages that a chat was given, the best first."""
+        asked = _question([message.plain() for message in messages])
+        return [] if self.documents is None or asked is None else self.documents.search(asked["content"])
 
     def complete(self, body: CompletionBody) -> list[Request]:
         """Raises ApiError."""
@@ -125,6 +143,11 @@ class Served:
             return requests
         except T3DError as error:
             raise ApiError(400, str(error)) from error
+
+
+def _question(messages: list[dict]) -> dict | None:
+    """The last message of a user."""
+    return next((message for message in reversed(messages) if message["role"] == "user"), None)
 
 
 def recommended_decoding(path: str, model, tokenizer, settings: dict) -> DecodingConfig:

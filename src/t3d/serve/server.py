@@ -39,7 +39,7 @@ def serve(models: list[str], config: ServeConfig) -> None:
 
 
 def load(models: list[str], config: ServeConfig) -> list[Served]:
-    loaded = []
+    loaded, asked = [], (config.documents, config.template)  # first, because reading them may fail
     for argument in models:
         name, path = name_of(argument)
         model, tokenizer = load_model(checkpoint(path), config.dtype, config.device, quantize=config.quantize)
@@ -56,7 +56,7 @@ def load(models: list[str], config: ServeConfig) -> list[Served]:
             memory_share=0.5 / len(loaded),
         )
         worker = open_worker(engine, name, config.max_queue)
-        served.append(Served(worker, default, path))
+        served.append(Served(worker, default, path, *asked))
     return served
 
 

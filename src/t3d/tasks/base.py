@@ -3,9 +3,9 @@
 import hashlib
 import importlib.util
 import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ from t3d.chat_template import render
 from t3d.components import check_values, setting
 from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError, nearest
-from t3d.tasks.retrieval import Passage, index_of
+from t3d.tasks.retrieval import Documents, Passage, check_template, fill
 
 SPLITS = ("train", "dev", "test")
 STOP, DROP = "stop", "drop"  # what to do about prompts that cannot be decoded
@@ -103,9 +103,14 @@ class Task:
         self.template = self.template if config.template is None else config.template
         if "{question}" not in self.template:
             raise T3DError(f"task.template must contain {{question}}, got {self.template!r}")
-        if config.retrieve is not None and "{context}" not in self.template:
-            where = "where what task.retrieve finds goes"
-            raise T3DError(f"task.template must contain {{context}}, {where}, got {self.template!r}")
+        if config.retrieve is not None:
+            check_template(self.template, "task.template")
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """Those of `task.retrieve`, read when first asked for."""
+        c = self.config
+        return None if c.retrieve is None else Documents(c.retrieve, c.retrieve_passages, c.retrieve_words)
 
     def problems(self, split: str, n: int | None = None, seed: int | None = None) -> list[Problem]:
         """`n` problems of "train", "dev" or "test" (all if None); `seed` defaults to the config's `data_seed`."""
@@ -121,22 +126,12 @@ class Task:
         A chat's last message is whole without the task's own template; `task.template` goes around it.
         """
         if problem.messages is None:
-            return self.fill(self.template, problem.question)
-        return self.fill(self.config.template or "{question}", problem.messages[-1]["content"])
+            return fill(self.template, problem.question, self.documents)
+        return fill(self.config.template or "{question}", problem.messages[-1]["content"], self.documents)
 
     def retrieved(self, question: str) -> list[Passage]:
         """What `task.retrieve` finds for a question, the best first; nothing without it."""
-        if self.config.retrieve is None:
-            return []
-        index = index_of(self.config.retrieve, self.config.retrieve_words)
-        return index.search(question, self.config.retrieve_passages)
-
-    def fill(self, template: str, question: str) -> str:
-        """The template with the question and, with `task.retrieve`, the passages found for it, blank lines between."""
-        parts = {"{question}": question}
-        if self.config.retrieve is not None and "{context}" in template:
-            parts["{context}"] = "\n\n".join(passage.text for passage in self.retrieved(question))
-        return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)  # in one go: no nesting
+        return [] if self.documents is None else self.documents.search(question)
 
     def messages(self, problem: Problem, text: str) -> list[dict]:
         """The chat that ends with `text`, the user's message."""
@@ -184,7 +179,7 @@ class Task:
         """The settings with the negative prompt, if there is one, as a question of the task: in the same templates."""
         if decoding.negative_prompt is None:
             return decoding
-        text = self.fill(self.template, decoding.negative_prompt)
+        text = fill(self.template, decoding.negative_prompt, self.documents)
         text = _rendered([{"role": "user", "content": text}], tokenizer, "negative_prompt")
         return replace(decoding, negative_prompt=text + Task.answer_start(self, Problem("", "")))
 

@@ -13,6 +13,7 @@ from random import Random
 from t3d.errors import T3DError, nearest
 from t3d.tasks.base import Problem, Verdict, register
 from t3d.tasks.files import FileTask, pick
+from t3d.tasks.retrieval import fill
 from t3d.tasks.sandbox import Sandbox
 
 STDIO = (
@@ -61,7 +62,7 @@ class CodeTask(FileTask):
 
     def prompt_text(self, problem: Problem) -> str:
         stdio = problem.extra["method"] == "stdio" and self.config.template is None
-        return self.fill(STDIO if stdio else self.template, problem.question)
+        return fill(STDIO if stdio else self.template, problem.question, self.documents)
 
     def answer_start(self, problem: Problem) -> str:
         return super().answer_start(problem) or problem.extra["prefix"]

@@ -40,6 +40,41 @@ class Index:
         return [self.passages[i] for i, score in zip(found[0], scores[0], strict=True) if score > 0]
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The documents in a folder or file, cut into passages of at most so many `words`, and how many of them to find.
+
+    Raises:
+        T3DError: one line: there are no documents, one holds no words or cannot be read, or bm25s is missing.
+    """
+
+    path: str
+    passages: int
+    words: int
+
+    def __post_init__(self):
+        index_of(self.path, self.words)
+
+    def search(self, question: str) -> list[Passage]:
+        """The best first."""
+        return index_of(self.path, self.words).search(question, self.passages)
+
+
+def fill(template: str, question: str, documents: Documents | None) -> str:
+    """The template with the question and, of documents, the passages found for it, blank lines between."""
+    parts = {"{question}": question}
+    if documents is not None and "{context}" in template:
+        parts["{context}"] = "\n\n".join(passage.text for passage in documents.search(question))
+    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)  # in one go: no nesting
+
+
+def check_template(template: str, name: str) -> None:
+    """Raises T3DError if what is found, or the question, has no place in the template called `name`."""
+    for part, what in (("{question}", "the question"), ("{context}", "what is retrieved")):
+        if part not in template:
+            raise T3DError(f"{name} must contain {part}, where {what} goes, got {template!r}")
+
+
 @cache
 def index_of(path: str, words: int) -> Index:
     """The passages, of at most so many words, of the documents in a folder (with those below it) or file; read once.
@@ -53,16 +88,16 @@ def index_of(path: str, words: int) -> Index:
 
 def _documents(path: Path) -> Iterator[Passage]:
     if not path.exists():
-        raise T3DError(f"task.retrieve: {path} does not exist")
+        raise T3DError(f"retrieve: {path} does not exist")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.suffix.lower() in ENDINGS and file.is_file()]
     if not files:
-        raise T3DError(f"task.retrieve: {path} holds no documents; they are files that end in {', '.join(ENDINGS)}")
+        raise T3DError(f"retrieve: {path} holds no documents; they are files that end in {', '.join(ENDINGS)}")
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         for document in _records(file, name) if file.suffix.lower() == ".jsonl" else [Passage(name, _text(file))]:
             if not re.search(WORD, document.text):
-                raise T3DError(f"task.retrieve: {document.source} holds no text; leave it out")
+                raise T3DError(f"retrieve: {document.source} holds no text; leave it out")
             yield document
 
 
@@ -70,16 +105,16 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise T3DError(f"task.retrieve: cannot read {file}: {error.strerror}") from error
+        raise T3DError(f"retrieve: cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise T3DError(f"task.retrieve: {file} is not UTF-8 text ({error.reason})") from error
+        raise T3DError(f"retrieve: {file} is not UTF-8 text ({error.reason})") from error
 
 
 def _records(file: Path, name: str) -> Iterator[Passage]:
     for where, record in read_records(file):
         if not isinstance(record.get("text"), str):
-            raise T3DError(f"task.retrieve: {file}, {where}: no field 'text' that is a text")
-        yield Passage(f"{name}, {where}", characters(record["text"], f"task.retrieve: {file}, {where}"))
+            raise T3DError(f"retrieve: {file}, {where}: no field 'text' that is a text")
+        yield Passage(f"{name}, {where}", characters(record["text"], f"retrieve: {file}, {where}"))
 
 
 def _passages(document: Passage, words: int) -> Iterator[Passage]:
@@ -96,5 +131,5 @@ def _library():
     try:
         import bm25s
     except ImportError as error:
-        raise T3DError("task.retrieve needs bm25s, which is missing: pip install 't3d[retrieval]'") from error
+        raise T3DError("retrieve needs bm25s, which is missing: pip install 't3d[retrieval]'") from error
     return bm25s
