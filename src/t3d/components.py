@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from math import inf
 from typing import Any
 
-from t3d.errors import T3DError, nearest
+from t3d.errors import T3DError, either, nearest
 
 
 def setting(
@@ -68,8 +68,7 @@ def check_value(name: str, value, about: Mapping[str, Any]) -> None:
     above, below = about.get("above", -inf), about.get("below", inf)
     if choices:
         if value not in choices:
-            known = " or ".join(repr(choice) for choice in choices)
-            raise T3DError(f"{name} is {known}, got {value!r}{nearest(str(value), choices)}")
+            raise T3DError(f"{name} is {either(map(repr, choices))}, got {value!r}{nearest(str(value), choices)}")
     elif not isinstance(value, int | float) or (low <= value <= high and above < value < below):
         return
     elif max(low, above) > -inf and min(high, below) < inf:

@@ -25,6 +25,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def either(choices: Iterable[object]) -> str:
+    """`a, b or c`"""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def characters(text: str, what: str) -> str:
     """The text, if it is characters: JSON and command lines can hold half of a surrogate pair, tokenizers cannot."""
     try:

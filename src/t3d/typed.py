@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from t3d.errors import T3DError
+from t3d.errors import T3DError, either
 
 PYDANTIC = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -33,7 +33,7 @@ def type_name(annotation: Any) -> str:
         return "null"
     if get_origin(annotation) in (Union, types.UnionType):
         names = sorted({type_name(a) for a in get_args(annotation)}, key=lambda name: name == "null")
-        return " or ".join(names)
+        return either(names)
     if get_origin(annotation) in (list, tuple):
         return f"list of {type_name(get_args(annotation)[0])}" if get_args(annotation) else "list"
     if get_origin(annotation) is dict or annotation is dict:

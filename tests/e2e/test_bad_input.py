@@ -37,7 +37,7 @@ def refused(done, *said: str) -> None:
         ("train: {objective: t3dd}", "(did you mean 't3d'?)"),
         ("train: {optim: sgdd}", "train: "),
         ("train: {group_size: 0}", "train.group_size must be at least 1, got 0"),
-        ("train: {state: masked}", "train.state is 'trajectory' or 'uniform' or 'all_masked', got 'masked'"),
+        ("train: {state: masked}", "train.state is 'trajectory', 'uniform' or 'all_masked', got 'masked'"),
         ("train: {reference_path: nowhere}", "train.reference_path: no such checkpoint folder: nowhere"),
         ("train: {objective: cj_grpo, rl_reward: accurate}", "train.rl_reward is 'accuracy' or 'format'"),
         ("train: {objective: tad, reference_sees: answers}", "train.reference_sees is 'prompt' or 'answer'"),

@@ -119,7 +119,7 @@ def test_what_is_dropped_is_said_in_one_line(t3d, write_recipe):
         ({"rollout_rounds": 0}, "rollout_rounds must be at least 1"),
         ({"reference_ema": 0.9, "round_interval": 0}, "reference_ema needs rounds"),
         ({"lora_4bit": True}, "lora_4bit needs lora_rank"),
-        ({"eval_every": 2, "eval_split": "held"}, "eval_split is 'dev' or"),
+        ({"eval_every": 2, "eval_split": "held"}, "eval_split is 'dev'"),
     ],
 )
 def test_settings_that_make_no_sense(t3d, write_recipe, train, said):

@@ -296,7 +296,7 @@ def test_flights_have_rows_and_folders_of_their_own(parts, tmp_path):
         ({"grid": [{"steps": [0]}]}, "steps must be at least 1"),
         ({"grid": [{"threshold": 1.5}]}, "threshold must lie in 0..1"),
         ({"samples": 0}, "samples must be at least 1"),
-        ({"split": "tset"}, "split is 'test' or 'dev' or 'train', got 'tset'"),
+        ({"split": "tset"}, "split is 'test', 'dev' or 'train', got 'tset'"),
     ],
 )
 def test_bad_grid(change, message):

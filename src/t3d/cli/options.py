@@ -10,6 +10,8 @@ from typing import Annotated, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from t3d.errors import either
+
 _DECODING, _CONFIG = "t3d.decoding", "t3d.config"
 GENERAL = "Decoding (default: what the checkpoint recommends)"
 
@@ -126,7 +128,7 @@ def _help(f: Field) -> str:
     text, about = f.metadata["help"], f.metadata
     low, high = about["low"], about["high"]
     if about["choices"]:
-        return text if all(c in text for c in about["choices"]) else f"{text}: {' or '.join(about['choices'])}"
+        return text if all(c in text for c in about["choices"]) else f"{text}: {either(about['choices'])}"
     if high < inf:
         return f"{text} ({max(low, about['above']):g}..{high:g})"
     return f"{text} (at least {low:g})" if low > -inf else text

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from t3d.block_attention import BlockPlan
-from t3d.errors import T3DError
+from t3d.errors import T3DError, either
 
 
 class PublishedConfig:
@@ -61,8 +61,7 @@ class PublishedConfig:
             raise T3DError(f"block_size is {size!r}; it must be a number of tokens, at least 1")
         if self.logits_shift not in self.shifts:
             raise T3DError(
-                f"logits_shift is {self.logits_shift}, but model type {self.model_type!r} has "
-                f"{' or '.join(map(str, self.shifts))}"
+                f"logits_shift is {self.logits_shift}, but model type {self.model_type!r} has {either(self.shifts)}"
             )
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -7,7 +7,7 @@ tokens are decoded at once a forward waits for the weights, so fewer bytes are f
 import torch
 from torch import Tensor, nn
 
-from t3d.errors import T3DError
+from t3d.errors import T3DError, either
 
 KINDS = ("int8", "int4")
 GROUP = 32  # neighbouring inputs of an output that share a scale and an offset in 4 bits
@@ -19,7 +19,7 @@ _PART = 1 << 24  # weights that are floating-point numbers at once
 def check_kind(kind: str | None) -> None:
     """Raises T3DError unless it is None or one of KINDS."""
     if kind is not None and kind not in KINDS:
-        raise T3DError(f"weights are quantised to {' or '.join(KINDS)}, not {kind!r}")
+        raise T3DError(f"weights are quantised to {either(KINDS)}, not {kind!r}")
 
 
 def quantize(model: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:

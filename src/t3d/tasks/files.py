@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
-from t3d.errors import T3DError, characters, nearest
+from t3d.errors import T3DError, characters, either, nearest
 from t3d.tasks.base import Problem, Task, check_split
 from t3d.tasks.records import read_dataset, read_records
 
@@ -120,6 +120,6 @@ def pick(record: dict, chosen: str | None, usual: tuple[str, ...], where: str, o
             return characters(value, f"{where}: {name}") if isinstance(value, str) else value
     if optional and chosen is None:
         return None
-    wanted = " or ".join(map(repr, names))
+    wanted = either(map(repr, names))
     found = ", ".join(map(str, record)) or "none"
     raise T3DError(f"{where}: no field {wanted}{nearest(names[0], map(str, record))}; fields found: {found}")
