@@ -11,15 +11,17 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $(p))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Half of the recipe's size: five minutes. make demo SIZE= takes all of it.
+SIZE := task.num_train=1536 train.per_device_train_batch_size=16
 # The demo's second student: the paper's objective, on the same rollouts, at about the same cost.
 T3D := 'run_dir=runs/demo-seed$${seed}-t3d' 'rollout.source=runs/demo-seed$${seed}/rollout' \
 	train.objective=t3d train.max_steps=100
 
 .PHONY: demo test lint docs dist
 demo: $(VENV)/.installed
-	$(BIN)/t3d rollout recipes/demo.yaml $(ARGS)
-	$(BIN)/t3d train recipes/demo.yaml $(ARGS) $(T3D)
-	$(BIN)/t3d run recipes/demo.yaml $(ARGS) 'eval.checkpoints=["runs/demo-seed$${seed}-t3d/student"]'
+	$(BIN)/t3d rollout recipes/demo.yaml $(SIZE) $(ARGS)
+	$(BIN)/t3d train recipes/demo.yaml $(SIZE) $(ARGS) $(T3D)
+	$(BIN)/t3d run recipes/demo.yaml $(SIZE) $(ARGS) 'eval.checkpoints=["runs/demo-seed$${seed}-t3d/student"]'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
