@@ -201,7 +201,7 @@ def test_huge_responses():
     assert not verify_math(boxed("1" * 100_000), "7")
     assert not verify_math(boxed("1 " * 100_000 + "a"), "7")
     assert verify_math(boxed("1" * 5_000), "1" * 5_000)
-    assert time.perf_counter() - start < 60  # on a busy machine; without its clock it would never end
+    assert time.perf_counter() - start < 60
 
 
 def test_many_threads():
