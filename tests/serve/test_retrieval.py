@@ -73,5 +73,7 @@ def test_a_stream_and_a_count_of_tokens_see_the_same(urls):
 def test_bad_settings(tmp_path):
     with pytest.raises(T3DError, match=r"template must contain \{context\}, where what is retrieved goes"):
         ServeConfig(retrieve="x", template="{question}")
+    with pytest.raises(T3DError, match="say where they are with --retrieve"):
+        ServeConfig(template="{context} {question}")
     with pytest.raises(T3DError, match=r"retrieve: .*nowhere does not exist"):
         _ = ServeConfig(retrieve=str(tmp_path / "nowhere")).documents

@@ -10,6 +10,7 @@ from t3d.decoding.config import DecodingConfig
 from t3d.errors import T3DError
 from t3d.tasks.retrieval import Documents, check_template
 
+TEMPLATE = "{context}\n\n{question}"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -37,7 +38,7 @@ class ServeConfig:
     )
     retrieve_passages: int = setting(3, "of retrieve: most passages for a question", low=1)
     retrieve_words: int = setting(128, "of retrieve: most words in a passage", low=1)
-    template: str = setting("{context}\n\n{question}", "of retrieve: what the last message of the user becomes")
+    template: str = setting(TEMPLATE, "of retrieve: what the last message of the user becomes")
     grace: float = setting(30.0, "seconds to finish answers when stopped", low=0)
     dtype: str | None = setting(None, "float32, bfloat16, ...; default: the checkpoint's")
     device: str | None = setting(None, "cpu, cuda, ...; default: cuda if there is one")
@@ -47,8 +48,9 @@ class ServeConfig:
 
     def __post_init__(self):
         check_values(self)
-        if self.retrieve is not None:
-            check_template(self.template, "template")
+        check_template(self.template, "template", True)
+        if self.retrieve is None and self.template != TEMPLATE:
+            raise T3DError("template is filled from documents; say where they are with --retrieve")
         DecodingConfig(**self.decoding)  # says what is wrong with it before anything is loaded
         if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
             raise T3DError("the API key must be one line of printable ASCII characters, and not empty")

@@ -101,10 +101,7 @@ class Task:
     def __init__(self, config: TaskConfig):
         self.config = config
         self.template = self.template if config.template is None else config.template
-        if "{question}" not in self.template:
-            raise T3DError(f"task.template must contain {{question}}, got {self.template!r}")
-        if config.retrieve is not None:
-            check_template(self.template, "task.template")
+        check_template(self.template, "task.template", config.retrieve is not None)
 
     @cached_property
     def documents(self) -> Documents | None:

@@ -68,9 +68,9 @@ def fill(template: str, question: str, documents: Documents | None) -> str:
     return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)  # in one go: no nesting
 
 
-def check_template(template: str, name: str) -> None:
-    """Raises T3DError if what is found, or the question, has no place in the template called `name`."""
-    for part, what in (("{question}", "the question"), ("{context}", "what is retrieved")):
+def check_template(template: str, name: str, retrieves: bool) -> None:
+    """Raises T3DError if the question, or what is retrieved if anything is, has no place in the template `name`."""
+    for part, what in (("{question}", "the question"), ("{context}", "what is retrieved"))[: 1 + retrieves]:
         if part not in template:
             raise T3DError(f"{name} must contain {part}, where {what} goes, got {template!r}")
 
