@@ -1,7 +1,7 @@
 """How good and how fast answers are at each number of steps, beside the autoregressive model that they come from.
 
     python benchmarks/text_quality.py CHECKPOINT... --original MODEL [--task gsm8k --path test.jsonl] [--problems N]
-        [--max-tokens N] [--batch N] [--judge MODEL] [--device cuda] [--json FILE]
+        [--max-tokens N] [--batch N] [--judge MODEL] [--device cuda] [--dtype bfloat16] [--json FILE]
 
 MODEL is a causal model of transformers: a folder, a hub id, a GGUF file, or a name such as smollm2. It answers the
 same test problems by transformers' own greedy `generate`. Perplexities are of answers behind their prompts, under the
@@ -29,6 +29,7 @@ from t3d.evaluation.scoring import Scorer, load_scorer
 from t3d.evaluation.text import bleu, check_libraries, distinct, rouge_l
 from t3d.models import load_model
 from t3d.models.gguf import PACKAGES, as_folder, packaged
+from t3d.models.load import torch_dtype
 from t3d.tasks import TaskConfig, get_task
 
 COLUMNS = {
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="of the models that answer: bfloat16, float32; default: each one's own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     try:
@@ -107,7 +109,10 @@ def measure(args: argparse.Namespace) -> dict:
     original = load_causal(args.original, args.device)
     if original.diffusion:
         raise T3DError(f"{args.original} is a block-diffusion model; --original needs the autoregressive one")
-    judge = original if args.judge is None else load_causal(args.judge, args.device)
+    shared = args.judge is None and args.dtype is None  # a judge keeps its own dtype
+    judge = original if shared else load_causal(args.judge or args.original, args.device)
+    if args.dtype is not None:
+        original.model.to(torch_dtype(args.dtype))
     rows = {}
 
     def add(name: str, tokenizer, answer) -> None:
@@ -140,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict:
     by_transformers = partial(generate, original, most=args.max_tokens, batch=args.batch)
     add(f"{args.original}, autoregressive", original.tokenizer, by_transformers)
     for name in args.checkpoints:
-        model, tokenizer = load_model(checkpoint(name), device=args.device)
+        model, tokenizer = load_model(checkpoint(name), dtype=args.dtype, device=args.device)
         engine = Engine(model, tokenizer, max_batch_size=args.batch)
         size = model.config.window or args.max_tokens
         settings = {f"{size >> i} steps": {"steps": size >> i} for i in range(size.bit_length())}
@@ -154,7 +159,7 @@ def measure(args: argparse.Namespace) -> dict:
         "problems": len(problems),
         "judge": args.judge or args.original,
         "batch": args.batch,
-        "on": hardware(original.model),
+        "on": f"{hardware(original.model)}, {str(original.model.dtype).removeprefix('torch.')}",
         "rows": rows,
     }
 

@@ -36,9 +36,11 @@ def test_the_toys_rows(original, tmp_path, capsys):
     file = tmp_path / "found.json"
     text_quality.main(
         ["embedded", "--original", original, "--judge", "embedded", "--problems", "12", "--max-tokens", "96",
-         "--json", str(file)]
+         "--dtype", "bfloat16", "--json", str(file)]
     )  # fmt: skip
-    rows = json.loads(file.read_text())["rows"]
+    result = json.loads(file.read_text())
+    assert result["on"].endswith("bfloat16")
+    rows = result["rows"]
     noise, four, two, one, threshold, solutions = rows.values()
     assert list(rows)[1:5] == [f"embedded, {how}" for how in ("4 steps", "2 steps", "1 steps", "threshold .9")]
     assert four["accuracy"] > one["accuracy"] >= noise["accuracy"] == 0
@@ -64,7 +66,11 @@ def test_transformers_answers_end_at_the_stop_token(original):
     assert cut[0] == whole[0][: whole[0].index(stop) + 1]
 
 
-def test_a_mistake_is_one_line(capsys):
-    with pytest.raises(SystemExit):
-        text_quality.main(["embedded", "--original", "embedded"])
-    assert "--original needs the autoregressive one" in capsys.readouterr().err.splitlines()[-1]
+def test_a_mistake_is_one_line(original, capsys):
+    for given, said in (
+        (["--original", "embedded"], "--original needs the autoregressive one"),
+        (["--original", original, "--dtype", "fp16"], "unknown dtype"),
+    ):
+        with pytest.raises(SystemExit):
+            text_quality.main(["embedded", *given])
+        assert said in capsys.readouterr().err.splitlines()[-1]
