@@ -12,6 +12,7 @@ a low perplexity: read it beside distinct-2. Needs t3d[text].
 import argparse
 import json
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,7 @@ def measure(args: argparse.Namespace) -> dict:
         answers = answer(prompts)
         wall, cpu = time.perf_counter() - begun, time.process_time() - used
         tokens = sum(map(len, answers))
+        print(f"{name}: {tokens:,} tokens in {wall:.0f} s", file=sys.stderr)  # rows take minutes
         rows[name] = quality(tokenizer.batch_decode(answers, skip_special_tokens=True)) | {
             "tokens": tokens / len(answers),
             "tokens_per_second": tokens / wall,

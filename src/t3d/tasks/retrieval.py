@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from t3d.errors import T3DError, characters
@@ -57,7 +57,12 @@ class Documents:
 
     def search(self, question: str) -> list[Passage]:
         """The best first."""
-        return index_of(self.path, self.words).search(question, self.passages)
+        return list(_found(self, question))
+
+
+@lru_cache(1024)  # a chat with details, and the epochs of a training, ask again
+def _found(documents: Documents, question: str) -> tuple[Passage, ...]:
+    return tuple(index_of(documents.path, documents.words).search(question, documents.passages))
 
 
 def fill(template: str, question: str, documents: Documents | None) -> str:
