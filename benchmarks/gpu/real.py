@@ -226,7 +226,7 @@ def text(place: Place) -> dict:
         else {"problems": 100, "max_tokens": 128, "batch": 64}
     )
     models = {"checkpoints": list(names)[:-1], "original": original(place), "judge": None, "device": place.device}
-    found = text_quality.measure(Namespace(**models, **size, task="word_problems", path=None))
+    found = text_quality.measure(Namespace(**models, **size, task="word_problems", path=None, dtype=None))
     rows = {}
     for label, row in found["rows"].items():
         name, comma, how = label.rpartition(", ")

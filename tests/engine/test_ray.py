@@ -15,6 +15,11 @@ from tests.conftest import make_model
 ray = pytest.importorskip("ray", reason="needs t3d[ray]")
 
 
+def precise(seed=0):
+    """Of float64: what is decoded together changes the last bit of logits, and in float32, rarely, a token by that."""
+    return make_model(seed=seed).double()
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -25,7 +30,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(cluster):
-    engine = RayEngine(make_model(), workers=2, max_batch_size=4)
+    engine = RayEngine(precise(), workers=2, max_batch_size=4)
     yield engine
     engine.close()
 
@@ -42,7 +47,7 @@ def essence(trajectories):
 def test_two_workers_give_what_one_engine_gives(pool):
     config = DecodingConfig(max_tokens=24, temperature=1.0, n=2)
     prompts = work(20)
-    assert essence(pool.generate(prompts, config)) == essence(Engine(make_model()).generate(prompts, config))
+    assert essence(pool.generate(prompts, config)) == essence(Engine(precise()).generate(prompts, config))
     assert pool.stats.finished == 40
 
 
@@ -51,7 +56,7 @@ def test_new_weights_reach_the_workers(pool):
     prompts = work(4)
     before = essence(pool.generate(prompts, config))
     saved = [p.detach().clone() for p in pool.model.parameters()]
-    other = make_model(seed=9)
+    other = precise(seed=9)
     try:
         with torch.no_grad():
             for mine, new in zip(pool.model.parameters(), other.parameters(), strict=True):
@@ -76,7 +81,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(pool):
     assert killed is not None
     assert killed not in pool.pids
     assert len(found) == 24
-    assert essence(found[i] for i in range(24)) == essence(Engine(make_model()).generate(prompts, config))
+    assert essence(found[i] for i in range(24)) == essence(Engine(precise()).generate(prompts, config))
 
 
 def test_errors_come_through(pool):
