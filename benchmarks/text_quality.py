@@ -104,16 +104,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict:
+    dtype = torch_dtype(args.dtype)
     task = get_task(TaskConfig(name=args.task, path=args.path))
     problems = task.problems("test", args.problems)
     solutions = [task.solution(problem, Random(problem.id)) for problem in problems]
     original = load_causal(args.original, args.device)
     if original.diffusion:
         raise T3DError(f"{args.original} is a block-diffusion model; --original needs the autoregressive one")
-    shared = args.judge is None and args.dtype is None  # a judge keeps its own dtype
+    shared = args.judge is None and dtype is None  # a judge keeps its own dtype
     judge = original if shared else load_causal(args.judge or args.original, args.device)
-    if args.dtype is not None:
-        original.model.to(torch_dtype(args.dtype))
+    original.model.to(dtype or original.model.dtype)
     rows = {}
 
     def add(name: str, tokenizer, answer) -> None:
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict:
     by_transformers = partial(generate, original, most=args.max_tokens, batch=args.batch)
     add(f"{args.original}, autoregressive", original.tokenizer, by_transformers)
     for name in args.checkpoints:
-        model, tokenizer = load_model(checkpoint(name), dtype=args.dtype, device=args.device)
+        model, tokenizer = load_model(checkpoint(name), dtype, args.device)
         engine = Engine(model, tokenizer, max_batch_size=args.batch)
         size = model.config.window or args.max_tokens
         settings = {f"{size >> i} steps": {"steps": size >> i} for i in range(size.bit_length())}

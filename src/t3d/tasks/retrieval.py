@@ -60,7 +60,7 @@ class Documents:
         return list(_found(self, question))
 
 
-@lru_cache(1024)  # a chat with details, and the epochs of a training, ask again
+@lru_cache(1024)  # a chat with details asks twice
 def _found(documents: Documents, question: str) -> tuple[Passage, ...]:
     return tuple(index_of(documents.path, documents.words).search(question, documents.passages))
 
