@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from t3d.errors import T3DError
 from t3d.tasks import extract_answer, verify_math
 from t3d.tasks import math as checker
 from t3d.tasks.math import equal, last_boxed, reference_answer
@@ -223,6 +225,36 @@ def test_forked_children_have_their_own_helper():
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(verify_math, [(boxed(f"a+{i}"), f"{i}+a") for i in range(2, 8)]) == [True] * 6
     assert verify_math(boxed("a+b"), "b+a")
+
+
+def test_a_helper_that_another_kills_is_no_verdict():
+    """Before it is ready, and when it is asked; the kernel does so, too, where memory runs out."""
+    started = []
+
+    class Killed(checker._Worker):
+        def _open(self):
+            super()._open()
+            started.append(self.process)
+            if len(started) == 1:
+                self.process.kill()
+
+        def _reply(self, line):
+            if len(started) == 2:
+                self.process.kill()
+            return super()._reply(line)
+
+    worker = Killed()
+    try:
+        assert worker.ask("1/2", "0.5")
+        assert [process.poll() for process in started] == [-signal.SIGKILL, -signal.SIGKILL, None]
+    finally:
+        worker.stop()
+
+
+def test_a_helper_that_never_starts_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(T3DError, match=r"did not start \(exit code 1\); /bin/false -m t3d.tasks.\w+ shows why$"):
+        checker._Worker().ask("1/2", "0.5")
 
 
 def test_what_is_mapped_before_does_not_count():

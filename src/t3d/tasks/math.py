@@ -9,14 +9,18 @@ import atexit
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+from t3d.errors import T3DError
 from t3d.tasks.latex import LONGEST, as_intervals, differ, differing_units, normal, number, unclear, words
 
 SECONDS = 5.0  # CPU time for one comparison, after which the answers count as different
+GRACE = 10.0  # seconds for a helper that has died to be gone
+TRIES = 3
 
 # `\\.` eats escaped characters, so that `\{` and `\}` do not count as braces.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -79,7 +83,8 @@ def verify_math(response: str, reference: str, boxed_only: bool = False) -> bool
 
     response: model output of any length; its answer is found by `extract_answer`.
     reference: the answer, or a solution that ends in `\boxed{...}` or `#### ...`.
-    A comparison that takes longer than `SECONDS` of CPU time is False. Never raises, safe in threads.
+    A comparison that takes longer than `SECONDS` of CPU time is False. Safe in threads.
+    Raises T3DError where the process that compares cannot be started.
     """
     answer, gold = extract_answer(response, boxed_only), reference_answer(reference)
     return answer is not None and equal(answer, gold)
@@ -110,20 +115,39 @@ class _Worker:
         self.lock, self.process, self.owner = threading.Lock(), None, None
 
     def ask(self, gold: str, answer: str) -> bool:
+        """Raises T3DError where no helper can be started."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-                self._start()
-            try:
-                self.process.stdin.write(json.dumps([gold, answer, SECONDS]) + "\n")
-                self.process.stdin.flush()
-                verdict = self.process.stdout.readline()
-            except OSError:
-                verdict = ""
-            if verdict not in ("0\n", "1\n"):  # it died: out of time or memory
-                self.stop()
-            return verdict == "1\n"
+            for _ in range(TRIES):
+                if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+                    self._start()
+                verdict = self._reply(json.dumps([gold, answer, SECONDS]))
+                if verdict in ("0\n", "1\n"):
+                    return verdict == "1\n"
+                if self._ended() != -signal.SIGKILL:  # that is another's doing; its own limits end it otherwise
+                    break
+            return False
 
-    def _start(self):
+    def _reply(self, line: str) -> str:
+        """What the helper prints; nothing if it died."""
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except OSError:
+            return ""
+
+    def _start(self) -> None:
+        for _ in range(TRIES):
+            self._open()
+            if self.process.stdout.readline() == "ready\n":
+                return
+            code = self._ended()
+        raise T3DError(
+            f"the process that compares formulas did not start (exit code {code}); "
+            f"{sys.executable} -m t3d.tasks.math_worker shows why"
+        )
+
+    def _open(self) -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.owner = os.getpid()  # a forked child must not share the pipe
@@ -137,10 +161,17 @@ class _Worker:
             cwd="/",
             env={**os.environ, "PYTHONPATH": path},
         )
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("the math-verify helper did not start: python -m t3d.tasks.math_worker")
 
-    def stop(self):
+    def _ended(self) -> int | None:
+        """The exit code of the helper, which answers no more (negative: the signal); None if it had to be ended."""
+        try:
+            code = self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.stop()
+        return code
+
+    def stop(self) -> None:
         if self.process is not None and self.owner == os.getpid():
             self.process.kill()
             self.process.communicate()

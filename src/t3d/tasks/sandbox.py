@@ -258,25 +258,44 @@ def _has_libseccomp() -> bool:
         return False
 
 
-@cache
 def _isolation() -> tuple[str, str]:
     """The first way to isolate that works here ("namespaces", "bwrap" or "none"), and why those before it did not."""
+    try:
+        return _working()
+    except T3DError as none:
+        return "none", str(none)
+
+
+@cache  # of what works: a system where nothing did is asked again
+def _working() -> tuple[str, str]:
     reasons = []
     for isolation in ("namespaces", "bwrap"):
         failure = _try(isolation)
         if not failure:
             return isolation, "; ".join(reasons)
         reasons.append(f"{isolation}: {failure}")
-    return "none", "; ".join(reasons)
+    raise T3DError("; ".join(reasons))
 
 
 def _try(isolation: str) -> str:
-    """Why `isolation` does not work here; empty if it does."""
+    """Why `isolation` does not work here; empty if it does. One failure says nothing of a busy system."""
     if isolation == "bwrap" and shutil.which("bwrap") is None:
         return "not installed"
+    for attempt in range(TRIES):
+        time.sleep(0.2 * attempt)
+        if not (failure := _probe(isolation)):
+            break
+    return failure
+
+
+def _probe(isolation: str) -> str:
+    """Why one program did not run in `isolation`; empty if it did."""
+    deadline = time.monotonic() + wall(5.0)
     with _Process(isolation, "script", {"program": PROBE}, 5.0, output=True, stdin="") as process:
-        printed = process.read(time.monotonic() + 30) or b""
-        code = process.exit_code(5)
+        printed = process.read(deadline)
+        code = process.exit_code(max(0.0, deadline - time.monotonic()))
+    if printed is None or code is None:
+        return f"a program did not end within {wall(5.0):g} s"
     if code == 0 and printed == b"0 True False\n" and _has_libseccomp():
         log.warning("programs run in a sandbox without a filter of system calls: the kernel refuses libseccomp's")
     if code == 0 and printed.startswith(b"0 True "):
