@@ -11,6 +11,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 	$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $(p))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Of the package, for the tests; .ci/run takes more of them.
+EXTRAS := test
+
 # Half of the recipe's size: five minutes. make demo SIZE= takes all of it.
 SIZE := task.num_train=1536 train.per_device_train_batch_size=16
 # The demo's second student: the paper's objective, on the same rollouts, at about the same cost.
@@ -49,7 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) -e '.[test]'
+	@$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
