@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 
@@ -129,7 +128,7 @@ def notebook(content: dict) -> str:
             elif "text/html" in data:
                 parts.append("".join(data["text/html"]))
             elif output["output_type"] == "stream":
-                parts.append(f"<pre>{escape(''.join(output['text']))}</pre>")
+                parts.append(f"````text\n{''.join(output['text'])}\n````")
     return "\n\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from t3d.models import FAMILIES
 from t3d.tasks import TaskConfig, get_task
 from tests.conftest import make_model
 from tests.engine.reference import reference_decode
+from tests.serve.browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,15 +24,22 @@ def example(name: str) -> str:
     return next(code for code in found if code.startswith(f"# {name}\n"))
 
 
-def test_the_site(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Its folder."""
     pytest.importorskip("mkdocstrings", reason="needs t3d[docs]")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))  # a warning ends it
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))  # a warning ends it
+    return folder
 
-    pages = {path.relative_to(tmp_path / "site").as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+
+def test_the_site(site):
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
     for name, page in pages.items():
         loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"(?:https?:)?//[^\"]*", page)
         assert not loaded, name
@@ -41,6 +49,18 @@ def test_the_site(tmp_path, monkeypatch):
         assert f'id="t3d-{command}"' in pages["reference/commands.html"]
     assert "--prefix-cache" in pages["reference/commands.html"]
     assert "how little a likely token counts" in pages["contributing.html"]
+
+
+def test_no_page_is_wider_than_its_screen(site):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian package `chromium`)")
+    with Browser() as browser:
+        for page in site.rglob("*.html"):
+            for width, mobile in ((1280, False), (390, True)):
+                browser.screen(width, 900, mobile=mobile)
+                browser.open(f"file://{page}")
+                wide = browser.run("document.scrollingElement.scrollWidth")
+                assert wide <= width, f"{page.relative_to(site)}: {wide} of {width} pixels"
 
 
 def test_links_work_on_a_code_host_too():
