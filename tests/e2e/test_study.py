@@ -104,6 +104,30 @@ def test_the_table_pools_the_verdicts_of_all_seeds(studied):
     assert pairs["mean-field", "1 step"]["n"] == 12
 
 
+def test_several_teachers_are_told_apart(t3d, write_recipe):
+    """Of a second one the row was left out, as if its students were the first one's."""
+    changes = {
+        "seeds": [0],
+        "set": ["train.objective=mean_field", "train.max_steps=1", "eval.grid=[{steps: [4]}]"],
+        "against": [],
+        "variants": {
+            "first": [],
+            "more": ["task.num_train=4"],  # the same teacher, on other problems to learn from
+            "second": ["model.path=runs/study/first-seed0/student"],
+            "other": ["task.data_seed=7"],
+        },
+    }
+    done = t3d("study", write_study(t3d.folder, write_recipe, **changes))
+    assert done.code == 0, done.stderr
+    names = [row["variant"] for row in results(t3d.folder)["rows"]]
+    teachers = ["teacher of first", "teacher of second", "teacher of other"]
+    assert names == [teachers[0], "first", "more", teachers[1], "second", teachers[2], "other"]
+    text = (t3d.folder / "results.md").read_text()
+    assert all(f"\n| {name} | " in text for name in teachers)
+    by_name = {row["variant"]: row for row in results(t3d.folder)["rows"]}
+    assert by_name["teacher of second"]["by_seed"] == by_name["first"]["by_seed"]
+
+
 def test_the_document_gets_the_table_between_its_marks(studied):
     text = (studied / "results.md").read_text()
     assert text.startswith("before\n<!-- study: begin -->")

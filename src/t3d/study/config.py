@@ -92,6 +92,21 @@ class Study:
                 jobs.append(job)
         return jobs
 
+    @cached_property
+    def teachers(self) -> dict[str, str]:
+        """What each variant's teacher is called: "teacher" if all have one, else by the first variant that has it.
+
+        Two variants have the same teacher if it is the same model and has the same problems to solve.
+        """
+        known: dict[str, dict] = {}  # what the evaluation of each one depends on
+        found = {}
+        for name, variant in self.variants.items():
+            mine = settings(self._job(name, variant, 0).recipe, "eval", student=False)
+            found[name] = next((first for first, its in known.items() if not any(differences(its, mine))), name)
+            known.setdefault(found[name], mine)
+        several = len(known) > 1
+        return {name: f"teacher of {first}" if several else "teacher" for name, first in found.items()}
+
     def _job(self, name: str, variant: Variant, seed: int) -> Job:
         overrides = (*self.set, *variant.set, *self.overrides, f"seed={seed}")
         try:

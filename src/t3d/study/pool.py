@@ -113,7 +113,7 @@ class Cost:
 
 
 def pools(study: Study) -> list[Pool]:
-    """Every variant, after the teacher, at every decode setting; only what was run."""
+    """Every variant, after its teacher, at every decode setting; only what was run."""
     found: dict[tuple[str, str, str, int], tuple[dict, dict]] = {}
     for job in study.jobs:
         run = RunFolder(job.recipe.run_dir)
@@ -125,12 +125,13 @@ def pools(study: Study) -> list[Pool]:
                 continue
             mine = row["model"] == student or not job.train
             known = labels(job.recipe) if mine and job.train else ""
-            key = (job.variant if mine else "teacher", known, setting(row))
+            key = (job.variant if mine else study.teachers[job.variant], known, setting(row))
             key += (row["block_size"],)
             rows, answers = found.setdefault(key, ({}, {}))
             rows.setdefault(job.seed, row)
             answers.setdefault(job.seed, run / "eval" / row["results"])
-    order = {name: place for place, name in enumerate(dict.fromkeys(("teacher", *study.variants)))}
+    names = dict.fromkeys(name for variant in study.variants for name in (study.teachers[variant], variant))
+    order = {name: place for place, name in enumerate(names)}
     sizes = {size for *_, size in found}  # models of several; a setting that changes a model's own says so itself
     made = []
     for (name, known, where, size), (rows, answers) in sorted(found.items(), key=lambda item: order[item[0][0]]):

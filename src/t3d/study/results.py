@@ -66,17 +66,21 @@ def _markdown(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pai
 
 def _students(study: Study, found: list[Pool], spent: dict[str, list[Cost]], pairs: list, stem: Path) -> list[str]:
     settings = list(dict.fromkeys(pool.setting for pool in found))
-    teacher = [pool for pool in found if not pool.labels]
     parts, plots = [], _plots(study, found, stem)
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
-        mine = [pool for pool in found if pool.labels == known]
-        parts += [f"### Students of {known}", "", *_accuracies(teacher + mine, settings, spent), ""]
+        mine = _with_teachers(study, found, {pool.variant for pool in found if pool.labels == known})
+        parts += [f"### Students of {known}", "", *_accuracies(mine, settings, spent), ""]
         if known in plots:
             parts += [f"![accuracy against tokens per forward, students of {known}]({plots[known].name})", ""]
         compared = [pair for pair in pairs if pair[0].labels == known]
         if compared:
             parts += [*_differences(compared), ""]
     return parts
+
+
+def _with_teachers(study: Study, found: list[Pool], variants: set[str]) -> list[Pool]:
+    shown = variants | {study.teachers[name] for name in variants}
+    return [pool for pool in found if pool.variant in shown]
 
 
 def _missing(study: Study, found: list[Pool]) -> list[str]:
@@ -100,7 +104,7 @@ def _accuracies(shown: list[Pool], settings: list[str], spent: dict[str, list[Co
         some = next(iter(mine.values()))
         lines.append(
             line(
-                name if name == "teacher" else f"`{name}`",
+                f"`{name}`" if some.labels else name,
                 *(_cell(mine.get(s)) for s in settings),
                 str(some.n),
                 ", ".join(map(str, sorted(some.rows))),
@@ -149,8 +153,8 @@ def _plots(study: Study, found: list[Pool], stem: Path) -> dict[str, Path]:
     """STEM-LABELS.svg for every source of labels. Lines join numbers of steps; a threshold's point stands alone."""
     made = {}
     for known in dict.fromkeys(pool.labels for pool in found if pool.labels):
-        wanted = [p for p in found if p.labels in ("", known) and (p.variant in (study.plot or study.variants))]
-        wanted = [p for p in found if not p.labels] + [p for p in wanted if p.labels]
+        mine = {pool.variant for pool in found if pool.labels == known}
+        wanted = _with_teachers(study, found, mine.intersection(study.plot or study.variants))
         names = list(dict.fromkeys(pool.variant for pool in wanted))
         series = []
         for colour, name in enumerate(names):
