@@ -1,5 +1,6 @@
 """Keys, limits, rude clients and the end: right status codes, nothing left behind, the server stays up."""
 
+import contextlib
 import json
 import re
 import signal
@@ -98,6 +99,23 @@ def test_the_key(strict, http):
         pytest.raises(openai.AuthenticationError, match="Incorrect API key"),
     ):
         client.models.list()
+
+
+def test_a_body_that_is_not_http_gets_one_answer(strict):
+    """Also where the request was refused, or is about to be, before its body was read."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    at_once = raw(strict, head + b"not a length\r\n")
+    assert at_once.startswith(b"HTTP/1.1 400 ")
+    assert at_once.count(b"HTTP/1.1") == 1
+    with socket.create_connection(("127.0.0.1", int(strict.url.split(":")[2])), timeout=10) as connection:
+        connection.sendall(head)
+        later = connection.recv(65536)
+        assert later.startswith(b"HTTP/1.1 401 ")
+        with contextlib.suppress(ConnectionError):  # the server may have closed it
+            connection.sendall(b"not a length\r\n")
+            while part := connection.recv(65536):
+                later += part
+        assert later.count(b"HTTP/1.1") == 1
 
 
 def test_other_host_names_are_not_answered(strict):

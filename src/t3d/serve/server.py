@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -94,7 +95,11 @@ def _run(app, listener: socket.socket, config: ServeConfig, capacity: int) -> No
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 that closes a connection whose request line and headers take too long, which uvicorn's would keep."""
+    """HTTP/1.1 that closes a connection whose request line and headers take too long, which uvicorn's would keep.
+
+    A request whose body is not HTTP gets one answer. uvicorn gives one and lets the application give another, which h11
+    refuses: a traceback for every such client.
+    """
 
     class Protocol(H11Protocol):
         head_timer = None
@@ -111,6 +116,15 @@ def _protocol(seconds: float) -> type[H11Protocol]:
                 self.head_timer = None
             elif not busy and self.timeout_keep_alive_task is None:
                 self._wait()
+
+        def send_400_response(self, msg):
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.close()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
 
         def _wait(self):
             if self.head_timer is None:
