@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 from tests.conftest import make_model
@@ -55,9 +56,8 @@ def work(rank: int, port: int, strategy: str, folder: str, settings: dict, resum
             pretend()
         if strategy.startswith("zero"):
             os.environ["DS_ACCELERATOR"] = "cpu"
-            import deepspeed.comm.torch
-
-            deepspeed.comm.torch.build_shm_op = lambda: None  # an operator that it would compile for minutes
+            backend = import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+            backend.build_shm_op = lambda: None  # an operator that it would compile for minutes
         train(folder, settings | {"use_cpu": not sharding, "ddp_backend": "gloo"}, resume)
     except BaseException:
         traceback.print_exc()

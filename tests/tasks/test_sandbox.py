@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from t3d.errors import T3DError
@@ -445,22 +446,22 @@ def test_bubblewrap(monkeypatch):
         sandbox._working.cache_clear()
 
 
-def test_nothing_outlives_a_killed_parent(tmp_path):
+def test_nothing_outlives_a_killed_parent():
     if ISOLATION == "none":
         pytest.skip(WHY)
-    mark = "x" * 37 + str(os.getpid())
     code = (
         "from t3d.tasks.sandbox import Sandbox\n"
-        f"Sandbox().function('import time\\n{mark} = 1\\ntime.sleep(600)', ['assert f(2) == 4'], seconds=600)\n"
+        "box = Sandbox()\n"  # its probe is a sandboxed process, too, and is over after this
+        "print('ready', flush=True)\n"
+        "box.function('import time\\ntime.sleep(600)', ['assert f(2) == 4'], seconds=600)\n"
     )
-    before = _processes()
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120  # it starts an interpreter, on a machine that may be busy
-    while _processes() <= before and time.monotonic() < deadline:
-        assert parent.poll() is None, parent.stderr.read()
-        time.sleep(0.1)
-    assert _processes() > before
-    time.sleep(0.5)
-    parent.kill()
-    parent.communicate()
-    assert _fewer_than(before + 1)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        found, deadline = [], time.monotonic() + 120
+        while len(found) < 6:  # the program's and the tests': one outside, the first one inside, and its child
+            assert parent.poll() is None
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+            found = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    assert psutil.wait_procs(found, timeout=60)[1] == []
