@@ -11,8 +11,9 @@ import t3d
 from t3d import chat_template
 from t3d.config import load_recipe
 from t3d.errors import T3DError
+from t3d.models.convert import convert
 from t3d.models.files import check_weights, read_json
-from t3d.models.load import load_tokenizer
+from t3d.models.load import load_model, load_tokenizer, plain_config
 from t3d.tasks.records import read_records
 from t3d.trajectories.schema import open_shard
 
@@ -33,6 +34,13 @@ def test_records(tmp_path, text):
 def test_deep_configurations(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert "config.json" in refused(lambda: read_json(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("kind", [{"a": 1}, ["sdar"], 1, True])
+def test_a_model_type_that_is_no_text(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    for read in (plain_config, load_model, lambda folder: convert(folder, tmp_path / "out")):
+        assert "config.json: model_type must be a text" in refused(lambda read=read: read(tmp_path))
 
 
 @pytest.mark.parametrize("name", [1, None, ["a"], "../other.safetensors", "/etc/passwd", ""])

@@ -12,7 +12,7 @@ import torch
 from t3d.chat_template import render
 from t3d.errors import T3DError
 from t3d.models.families import FAMILIES
-from t3d.models.files import check_weights, local_folder, read_json
+from t3d.models.files import check_weights, local_folder, read_config
 from t3d.models.gguf import PACKAGES, as_folder, packaged
 from t3d.models.load import check_mask, load_tokenizer, load_weights, mask_of, require_tokenizer
 from t3d.models.recommended import KEY
@@ -77,7 +77,7 @@ def _family(kind: str | None, shift: bool | None, name):
 
 
 def _convert(folder: Path, name, out, block_size: int, mask_token: str, dtype, max_shard_size: str, shift):
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     family = _family(values.get("model_type"), shift, name)
     check_weights(folder)
     tokenizer = load_tokenizer(folder)

@@ -63,6 +63,14 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_config(folder: Path) -> dict:
+    """A checkpoint's config.json, whose `model_type` is a text where there is one; raises T3DError."""
+    values = read_json(folder / "config.json")
+    if not isinstance(kind := values.get("model_type"), str | None):
+        raise T3DError(f"{folder / 'config.json'}: model_type must be a text, got {str(kind)[:80]}")
+    return values
+
+
 def check_weights(folder: Path) -> None:
     """Raises T3DError, naming the file, where a shard is missing or cut short. Reads headers only."""
     if (folder / INDEX).exists():

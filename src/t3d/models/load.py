@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models.families import FAMILIES
-from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_json
+from t3d.models.files import TOKENIZER_FILES, check_weights, first_line, local_folder, read_config, read_json
 from t3d.models.quantize import check_kind
 from t3d.models.quantize import quantize as to_bits
 from t3d.models.sdar import SDARConfig
@@ -53,7 +53,7 @@ def load_model(
     """
     check_kind(quantize)
     folder = local_folder(name)
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     family = values.get("model_type")
     if family not in FAMILIES:
         raise T3DError(
@@ -203,7 +203,7 @@ def generation_ids(name: str | os.PathLike):
 
 def plain_config(folder: Path):
     """The configuration of a checkpoint's config.json, as its family reads it; of no family, SDAR's defaults."""
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     family = FAMILIES.get(values.get("model_type", ""))
     return family.config_class.from_dict(values) if family else SDARConfig()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from t3d.errors import T3DError
-from t3d.models.files import TOKENIZER_FILES, read_json
+from t3d.models.files import TOKENIZER_FILES, read_config
 from t3d.models.recommended import recommended
 
 DEFAULTS = {"steps": None, "strategy": "low_confidence_static", "threshold": 0.9}
@@ -110,7 +110,7 @@ def prepare(folder: Path, engine: str) -> None:
     The decode settings are those that the folder recommends (see `recommended`).
     Raises T3DError when the engine could not serve it, or not as recommended.
     """
-    config, serving = read_json(folder / "config.json"), ENGINES[engine]
+    config, serving = read_config(folder), ENGINES[engine]
     if config["model_type"] not in BASES:
         raise T3DError(f"{engine} cannot serve it: it knows {' and '.join(BASES)}, not {config['model_type']}")
     if config.get("mask_token_id") != MASK_ID:
@@ -133,7 +133,7 @@ def prepare(folder: Path, engine: str) -> None:
 def command(folder: Path, engine: str) -> str:
     """The command that starts the engine on a folder that `prepare` has prepared."""
     decode = DEFAULTS | recommended(folder)
-    return ENGINES[engine].command(str(folder), read_json(folder / "config.json")["block_size"], decode)
+    return ENGINES[engine].command(str(folder), read_config(folder)["block_size"], decode)
 
 
 def _describe_type(folder: Path, config: dict) -> None:

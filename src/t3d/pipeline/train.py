@@ -20,7 +20,7 @@ from t3d.engine.progress import Bar
 from t3d.errors import T3DError
 from t3d.log import log
 from t3d.models import load_model, load_tokenizer
-from t3d.models.files import check_weights, local_folder, read_json
+from t3d.models.files import check_weights, local_folder, read_config
 from t3d.models.load import plain_config
 from t3d.pipeline.folder import RunFolder
 from t3d.pipeline.inputs import Inputs, check_prompts
@@ -160,7 +160,7 @@ def check_reference(path: str | Path, model, tokenizer) -> None:
     """Raises T3DError, by its small files alone, if a checkpoint cannot be the reference of this student."""
     try:
         folder = local_folder(path)
-        kind, found = read_json(folder / "config.json").get("model_type"), plain_config(folder)
+        kind, found = read_config(folder).get("model_type"), plain_config(folder)
         check_weights(folder)
     except T3DError as error:
         raise T3DError(f"train.reference_path: {error}") from error
