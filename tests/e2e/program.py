@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,20 @@ import pytest
 from t3d.trajectories import TrajectoryDataset
 
 
-def _command(arguments: list[str], folder: str, output: str, largest_file: int | None):
+def _wait_at(moment: str, go_on: Path):
+    """From the moment on in which something matches the pattern, wait before each file that is opened or renamed.
+
+    So a test that stops this process comes in time, however late the system runs it. Ends when `go_on` exists.
+    """
+
+    def hook(event: str, _):
+        while event in ("open", "os.rename") and any(Path().glob(moment)) and not go_on.exists():
+            time.sleep(0.01)
+
+    sys.addaudithook(hook)
+
+
+def _command(arguments: list[str], folder: str, output: str, largest_file: int | None, moment: str | None):
     """Runs in the forked process: what the `t3d` program does, its streams in files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -23,6 +37,8 @@ def _command(arguments: list[str], folder: str, output: str, largest_file: int |
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers may ignore it
     from t3d.cli import main
 
+    if moment is not None:
+        _wait_at(moment, Path(output) / "go-on")
     main(arguments)
 
 
@@ -51,19 +67,28 @@ class Program:
     def __init__(self, folder: Path, context):
         self.folder, self.context, self.calls = folder, context, 0
 
-    def start(self, *arguments: str, largest_file: int | None = None):
-        """`largest_file`: bytes beyond which a write fails, as on a full disk."""
+    def start(self, *arguments: str, largest_file: int | None = None, moment: str | None = None):
+        """`largest_file`: bytes beyond which a write fails, as on a full disk; `moment`: see `stop`."""
         self.calls += 1
         output = self.folder / f".call{self.calls}"
         output.mkdir()
         process = self.context.Process(
-            target=_command, args=(list(arguments), str(self.folder), str(output), largest_file)
+            target=_command, args=(list(arguments), str(self.folder), str(output), largest_file, moment)
         )
         process.start()
         process.output = output
         return process
 
+    def until(self, moment: str, process, seconds: float = 600):
+        """Wait until something in the working directory matches the pattern `moment`."""
+        end = time.monotonic() + seconds
+        while not any(self.folder.glob(moment)):
+            assert process.is_alive(), f"ended before: {self.finish(process)}"
+            assert time.monotonic() < end, "it never happened"
+            time.sleep(0.005)
+
     def finish(self, process, seconds: float = 600) -> Done:
+        (process.output / "go-on").touch()
         process.join(seconds)
         assert process.exitcode is not None, f"still running after {seconds} s"
         read = [(process.output / name).read_text() for name in ("stdout", "stderr")]
@@ -72,12 +97,9 @@ class Program:
     def __call__(self, *arguments: str, largest_file: int | None = None) -> Done:
         return self.finish(self.start(*arguments, largest_file=largest_file))
 
-    def stop_when(self, process, happened, with_signal=signal.SIGKILL, seconds: float = 600) -> Done:
-        """Send the signal as soon as `happened()`."""
-        end = time.monotonic() + seconds
-        while not happened():
-            assert process.is_alive(), f"ended before: {self.finish(process)}"
-            assert time.monotonic() < end, "it never happened"
-            time.sleep(0.005)
-        os.kill(process.pid, with_signal)
+    def stop(self, moment: str, *arguments: str, by: signal.Signals = signal.SIGKILL) -> Done:
+        """Start `t3d` and send it a signal as soon as something matches the pattern `moment`."""
+        process = self.start(*arguments, moment=moment)
+        self.until(moment, process)
+        os.kill(process.pid, by)
         return self.finish(process)

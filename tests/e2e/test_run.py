@@ -1,10 +1,8 @@
 """A run from beginning to end, its stages alone, and runs that were stopped."""
 
 import json
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,10 +33,6 @@ def same(run: Path, other: Path) -> None:
     assert_same_trajectories(run, other)
     assert weights(run) == weights(other)
     assert rows(run) == rows(other)
-
-
-def begun(folder: Path, pattern: str):
-    return lambda: any(folder.glob(pattern))
 
 
 def test_a_run_leaves_everything(finished, tiny):
@@ -99,7 +93,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(t3d, write_recipe, 
         "eval": "eval/teacher/*/shard-*.parquet",
     }
     for stage, moment in moments.items():
-        done = t3d.stop_when(t3d.start("run", recipe), begun(run, moment), stopped_by)
+        done = t3d.stop(f"runs/recipe/{moment}", "run", recipe, by=stopped_by)
         assert done.code == (-signal.SIGKILL if stopped_by == signal.SIGKILL else 130)
         assert not json.loads((run / stage / "stage.json").read_text())["complete"]
         if stopped_by == signal.SIGINT:
@@ -114,7 +108,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(t3d, write_recipe, 
 def test_a_checkpoint_that_was_half_written_is_not_continued_from(t3d, write_recipe, finished):
     recipe = write_recipe(t3d.folder)
     run = t3d.folder / "runs" / "recipe"
-    t3d.stop_when(t3d.start("run", recipe), begun(run, "train/checkpoint-4/whole"))
+    t3d.stop("runs/recipe/train/checkpoint-4/whole", "run", recipe)
     last = max(run.glob("train/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for name in ("whole", "trainer_state.json"):
         (last / name).unlink(missing_ok=True)
@@ -203,7 +197,7 @@ def test_a_reference_that_sees_the_answer(t3d, write_recipe, finished):
 def test_time_adds_up_over_attempts(t3d, write_recipe):
     recipe = write_recipe(t3d.folder)
     run = t3d.folder / "runs" / "recipe"
-    t3d.stop_when(t3d.start("rollout", recipe), begun(run, "rollout/shard-*.parquet"))
+    t3d.stop("runs/recipe/rollout/shard-*.parquet", "rollout", recipe)
     record = run / "rollout" / "stage.json"
     content = json.loads(record.read_text())
     record.write_text(json.dumps(content | {"seconds": 1000.0}))
@@ -213,13 +207,10 @@ def test_time_adds_up_over_attempts(t3d, write_recipe):
 
 def test_two_at_once_in_one_folder(t3d, write_recipe):
     recipe = write_recipe(t3d.folder)
-    run = t3d.folder / "runs" / "recipe"
-    first = t3d.start("rollout", recipe)
-    while not (run / "rollout").exists():
-        time.sleep(0.005)
-    os.kill(first.pid, signal.SIGSTOP)  # it might be done before the second is there
+    begun = "runs/recipe/rollout"
+    first = t3d.start("rollout", recipe, moment=begun)
+    t3d.until(begun, first)
     second = t3d("rollout", recipe)
-    os.kill(first.pid, signal.SIGCONT)
     assert second.code == 2
     assert "in use by another run" in second.stderr
     assert t3d.finish(first).code == 0
@@ -259,7 +250,7 @@ def test_retries_continue_after_a_kill(t3d, write_recipe):
     found = trajectories(t3d.folder / "whole")
     assert len(found) == 3 * 40  # nothing that random weights say is correct
     assert len({tuple(t.response_ids) for t in found}) > 40
-    t3d.stop_when(t3d.start("rollout", recipe), begun(t3d.folder / "runs" / "recipe", "rollout/shard-00007.parquet"))
+    t3d.stop("runs/recipe/rollout/shard-00007.parquet", "rollout", recipe)
     assert t3d("rollout", recipe).code == 0
     assert_same_trajectories(t3d.folder / "runs" / "recipe", t3d.folder / "whole")
 

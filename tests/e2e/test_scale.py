@@ -15,7 +15,7 @@ from t3d.models import load_model
 from t3d.pipeline.processes import should_be_several
 from t3d.trajectories import TrajectoryDataset
 from tests.e2e.program import Program, assert_same_trajectories
-from tests.e2e.test_run import begun, same, trajectories, weights
+from tests.e2e.test_run import same, trajectories, weights
 
 ROUNDS = {"rollout_rounds": 3, "max_steps": 6, "round_interval": 2, "reference_ema": 0.5}
 
@@ -53,7 +53,7 @@ def test_rounds_survive_a_kill_at_any_moment(t3d, write_recipe, rounds):
     recipe = write_recipe(t3d.folder, train=ROUNDS)
     run = t3d.folder / "runs" / "recipe"
     for moment in ("train/checkpoint-2", "rollout-1/shard-*", "train/checkpoint-4/whole", "rollout-2", "student"):
-        done = t3d.stop_when(t3d.start("run", recipe), begun(run, moment))
+        done = t3d.stop(f"runs/recipe/{moment}", "run", recipe)
         assert done.code == -signal.SIGKILL
     done = t3d("run", recipe)
     assert done.code == 0, done.stderr
@@ -68,7 +68,7 @@ def test_an_adapter_is_merged_into_the_student_and_kept_beside_it(t3d, write_rec
     pytest.importorskip("peft", reason="needs t3d[lora]")
     recipe = write_recipe(t3d.folder, train={"lora_rank": 2, "max_steps": 4})
     run = t3d.folder / "runs" / "recipe"
-    t3d.stop_when(t3d.start("run", recipe), begun(run, "train/checkpoint-2/whole"))
+    t3d.stop("runs/recipe/train/checkpoint-2/whole", "run", recipe)
     done = t3d("run", recipe)
     assert done.code == 0, done.stderr
     assert (run / "train" / "adapter" / "adapter_config.json").exists()

@@ -147,8 +147,7 @@ def test_a_killed_study_continues_and_a_finished_one_does_nothing(t3d, write_rec
     assert t3d("study", study, "--results").code == 0
     assert "Not run yet: `path` (seed 1)." in (t3d.folder / "results.md").read_text()
     assert t3d("study", study, "--plan").stdout.count("to do") == 1
-    process = t3d.start("study", study)
-    killed = t3d.stop_when(process, lambda: any((runs / "path-seed1").glob("train/checkpoint-*")))
+    killed = t3d.stop("runs/study/path-seed1/train/checkpoint-*", "study", study)
     assert killed.code == -signal.SIGKILL
     done = t3d("study", study)
     assert done.code == 0, done.stderr

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -25,18 +24,12 @@ def workers_of(pid: int) -> list[int]:
 
 def test_a_worker_that_is_killed_changes_nothing(t3d, write_recipe, finished):
     recipe = write_recipe(t3d.folder)
-    process = t3d.start("run", recipe, "engine.workers=2", "engine.max_batch_size=2")
-    end = time.monotonic() + 300
-    killed = None
-    while killed is None and process.is_alive() and time.monotonic() < end:
-        found = workers_of(process.pid)
-        if found and any((t3d.folder / "runs/recipe/rollout").glob("shard-*.parquet")):
-            killed = found[0]
-            os.kill(killed, signal.SIGKILL)
-        time.sleep(0.01)
+    begun = "runs/recipe/rollout/shard-*.parquet"
+    process = t3d.start("run", recipe, "engine.workers=2", "engine.max_batch_size=2", moment=begun)
+    t3d.until(begun, process)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     done = t3d.finish(process)
     assert done.code == 0, done.stderr
-    assert killed is not None
     assert_same_trajectories(t3d.folder / "runs" / "recipe", finished[0])
     assert [row["accuracy"] for row in rows(t3d.folder / "runs" / "recipe")] == [
         row["accuracy"] for row in rows(finished[0])

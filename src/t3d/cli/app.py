@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from t3d.cli.interrupt import insistent_interrupts
 from t3d.errors import T3DError
 
 app = typer.Typer(
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit code 0; 1 for a fault of the program, 2 for one in what it was given, 130 for Ctrl-C."""
     code = 0
     try:
-        app(arguments)
+        with insistent_interrupts():
+            app(arguments)
     except T3DError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
