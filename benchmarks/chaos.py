@@ -1,4 +1,4 @@
-"""Kills commands of `t3d`, fills their disk and takes their permissions, and compares what they leave in the end.
+"""Kills and interrupts commands of `t3d`, fills their disk and takes their permissions, and compares what they leave in the end.
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --minutes 60 --json chaos.json
 
@@ -125,6 +125,13 @@ def group(pid: int, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupt(pid: int, folder: Path) -> Iterator[None]:
+    """Ctrl-C, which a terminal sends to the whole process group."""
+    os.killpg(pid, signal.SIGINT)
+    yield
+
+
+@contextlib.contextmanager
 def child(pid: int, folder: Path) -> Iterator[None]:
     """SIGKILL to one worker or helper of the command, or to it where it has none; not to Ray's own processes, without
     which Ray ends the command."""
@@ -182,7 +189,7 @@ def paths(folder: Path) -> list[Path]:
     return [Path(parent, name) for parent, folders, files in os.walk(folder) for name in (*folders, *files)]
 
 
-DISTURBANCES = {f.__name__: f for f in (group, child, full, denied)}
+DISTURBANCES = {f.__name__: f for f in (group, interrupt, child, full, denied)}
 
 
 def moment(folder: Path, seconds: float) -> Callable[[], bool]:
@@ -213,6 +220,7 @@ def begin(work: Callable[[], object], cwd: Path, streams: Path) -> int:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began this with `&`
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(cwd)
@@ -220,9 +228,12 @@ def begin(work: Callable[[], object], cwd: Path, streams: Path) -> int:
         code = 0
     except SystemExit as done:
         code = done.code or 0
+    except KeyboardInterrupt:  # before or after the command itself
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         atexit._run_exitfuncs()  # as at the end of a program
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -265,7 +276,8 @@ def survive(stage: Stage, cwd: Path, streams: Path, kinds: list[str], tally: Tal
         refusal = code == 2 and last.startswith("error: ")
         tally.refusals += refusal
         killed = code == -signal.SIGKILL and kind in ("group", "child")
-        expected = happened and (killed or refusal)
+        interrupted = code == 130 and kind == "interrupt"
+        expected = happened and (killed or interrupted or refusal)
         expected |= refusal and "start Ray" in last  # it does not wait for a busy machine
         if "Traceback" in stderr or not (code == 0 or expected):
             said = "\n".join(stderr.splitlines()[-30:])
@@ -424,6 +436,8 @@ def main() -> None:
                         help=", ".join(STAGES))  # fmt: skip
     parser.add_argument("--minutes", type=float, default=60, help="after them no stage is begun")
     parser.add_argument("--disturb", type=int, default=4, help="most disturbances of one stage in one round")
+    parser.add_argument("--kinds", choices=DISTURBANCES, nargs="+", default=list(DISTURBANCES), metavar="KIND",
+                        help=", ".join(DISTURBANCES))  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of disturbances and moments")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes all recipes")
     parser.add_argument("--json", type=Path, help="file for the results, written after every stage")
@@ -440,7 +454,7 @@ def main() -> None:
     report = Report(args.seed, {kind: why for kind, why in found.items() if why})
     for kind, why in report.left_out.items():
         print(f"left out: {kind}: {why}")
-    kinds = [kind for kind in DISTURBANCES if kind not in report.left_out]
+    kinds = [kind for kind in args.kinds if kind not in report.left_out]
     stages = {
         name: Stage(stage.folder, (*stage.command, *args.set)) for name, stage in STAGES.items() if name in args.stages
     }

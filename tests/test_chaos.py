@@ -43,7 +43,7 @@ def python(*arguments) -> subprocess.CompletedProcess:
 def test_killed_while_it_saves_it_leaves_the_same_student(tmp_path):
     """The seed's first disturbance is a kill when some files are there: no clock decides whether it happens."""
     small = ("task.num_train=16", "task.num_eval=4", "train.per_device_train_batch_size=2")
-    options = ("--stages", "save", "--minutes", 0, "--disturb", 2, "--seed", 304, "--json", tmp_path / "found.json")
+    options = ("--stages", "save", "--minutes", 0, "--disturb", 2, "--seed", 293, "--json", tmp_path / "found.json")
     done = python("chaos.py", *options, "--set", *small)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
