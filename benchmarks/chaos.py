@@ -1,4 +1,4 @@
-"""Kills and interrupts commands of `t3d`, fills their disk and takes their permissions, and compares what they leave in the end.
+"""Kills and interrupts commands of `t3d`, fills their disk and takes their permissions, and compares what they leave.
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --minutes 60 --json chaos.json
 
