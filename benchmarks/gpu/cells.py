@@ -89,11 +89,11 @@ class Results:
         self.cells[name] = {"call": self.call, "error": LOST}
         self.write()
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+            blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             try:
                 found = work()
             finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         except OutOfTime:
             del self.cells[name]
             if before is not None:

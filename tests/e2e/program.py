@@ -26,7 +26,9 @@ def _wait_at(moment: str, go_on: Path):
     sys.addaudithook(hook)
 
 
-def _command(arguments: list[str], folder: str, output: str, largest_file: int | None, moment: str | None):
+def _command(
+    arguments: list[str], folder: str, output: str, largest_file: int | None = None, moment: str | None = None
+):
     """Runs in the forked process: what the `t3d` program does, its streams in files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

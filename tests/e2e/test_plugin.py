@@ -46,7 +46,7 @@ import t3d.generate, t3d.pipeline
 from tests.e2e.program import _command
 for line in sys.stdin:
     if (child := os.fork()) == 0:
-        _command(*json.loads(line), None)
+        _command(*json.loads(line))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
