@@ -135,22 +135,35 @@ def files():
     return found + [path for path in folders if path != "/tmp" and os.access(path, os.W_OK)]
 
 
-def full_disk():
-    """How much of the disk and of the kernel's memory for files can be taken."""
-    made, count = 0, 0
+def many_files():
+    """Whether as many files can be made as one likes: they take the kernel's memory."""
+    count = 0
     os.mkdir("/tmp/many")
     try:
         for count in range(100_000):
             os.close(os.open(f"/tmp/many/{count}", os.O_CREAT | os.O_WRONLY))
     except OSError:
         pass
+    return count > 50_000
+
+
+def full_disk():
+    """How many bytes of files there can be, where that is too many."""
+    made = 0
     try:
         with open("/tmp/sparse", "wb") as file:
             file.truncate(1 << 40)
             made = 1 << 40
     except OSError:
         pass
-    return made, count < 50_000
+    try:
+        for number in range(32):
+            with open(f"/tmp/full{number}", "wb", buffering=0) as file:
+                for _ in range(8):
+                    made += file.write(bytes(1 << 20))
+    except OSError:
+        pass
+    return made if made > 70 << 20 else 0
 
 
 def limits():

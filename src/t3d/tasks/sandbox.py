@@ -28,6 +28,7 @@ MEMORY = 1 << 30  # bytes of address space of one process
 OUTPUT = 1 << 20  # bytes of output that are read
 PROCESSES = 32
 FILE = 16 << 20  # bytes of one file
+DISK = 64 << 20  # bytes of all files
 PROBE = """
 import os
 try:
@@ -177,6 +178,7 @@ class _Process:
             "limits": limits,
             "root": self.folder if isolation == "namespaces" else None,
             "binds": _binds(),
+            "disk": DISK,
             "folder": "/tmp" if isolation == "bwrap" else self.folder,
             "user": (1 << 30) + os.getpid() % (1 << 22) * 256 + next(_numbers) % 256,
         }
@@ -242,13 +244,13 @@ def _prefix(isolation: str) -> list[str]:
     """The command in front of the interpreter where bubblewrap does the isolation."""
     if isolation != "bwrap":
         return []
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev"]
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for path in _binds():
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
-        elif not path.startswith("/dev"):
-            command += ["--ro-bind", path, path]
-    return [*command, "--tmpfs", "/tmp", "--chdir", "/tmp"]
+        else:
+            command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+    return [*command, "--size", str(DISK), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 def _has_libseccomp() -> bool:

@@ -67,8 +67,8 @@ def _libc(name, *args):
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
-def isolate(root, binds):
-    """New namespaces, and `root` (an empty folder) as the root directory, with `binds` in it read-only."""
+def isolate(root, binds, disk):
+    """New namespaces; `root` (an empty folder) is the root directory, of `disk` bytes, with `binds` in it read-only."""
     uid, gid = os.geteuid(), os.getegid()
     flags = sum(UNSHARE.values())
     real_root = uid == 0
@@ -86,7 +86,7 @@ def isolate(root, binds):
         with contextlib.suppress(OSError), open(f"/proc/sys/kernel/{name}", "w") as file:  # needs rights on old kernels
             file.write("0")
     _libc("mount", "none", "/", None, REC | PRIVATE, None)
-    _libc("mount", "tmpfs", root, "tmpfs", NOSUID | NODEV, "size=64m,nr_inodes=16k,mode=755")
+    _libc("mount", "tmpfs", root, "tmpfs", NOSUID | NODEV, f"size={disk},nr_inodes=16k,mode=755")
     for path in binds:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -457,7 +457,7 @@ def main():
     real_root = None
     if job["root"] is not None:
         try:
-            real_root = isolate(job["root"], job["binds"])
+            real_root = isolate(job["root"], job["binds"], job["disk"])
         except OSError as error:
             os.write(1, str(error).encode())
             os._exit(ISOLATION_FAILED)
