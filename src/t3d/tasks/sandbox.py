@@ -11,6 +11,7 @@ import os
 import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -250,7 +251,15 @@ def _prefix(isolation: str) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    return [*command, "--size", str(DISK), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*command, *_bwrap_size(), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+@cache
+def _bwrap_size() -> list[str]:
+    """The limit of `/tmp`, for which bubblewrap must be 0.7 or newer and not a set-user-id program."""
+    privileged = os.stat(shutil.which("bwrap")).st_mode & stat.S_ISUID
+    usage = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+    return ["--size", str(DISK)] if "--size" in usage and not privileged else []
 
 
 def _has_libseccomp() -> bool:
